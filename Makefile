@@ -1,0 +1,59 @@
+# make          builds loopmdm (and finds out what the compiler can do)
+# make train    builds, writes stories, trains, evaluates, samples: about 3 minutes on 2 cores, cc and make alone
+# make check    checks the C program against the reference files in the repository: cc alone
+# make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
+# make clean    removes what was built, the trained model too
+#
+# OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one.
+
+CC ?= cc
+WARNINGS = -Wall -Wextra -Werror
+# -ffp-contract=fast joins a*b+c into one instruction; the other two let square roots and comparisons be vectorized.
+OPTIMIZE = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+works = $(shell mkdir -p build && echo '$(2) int main(void) { return 0; }' | tr '@' '\n' | $(CC) -x c $(1) -o build/probe - >build/probe.log 2>&1 && echo $(1))
+ARCH := $(call works,-march=native,)
+OPENMP := $(call works,-fopenmp,#include <omp.h>@)
+CFLAGS = -std=c11 $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
+
+all: loopmdm
+
+loopmdm: loopmdm.c dev/data/unicode.h
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+build/stories: dev/data/stories.c
+	mkdir -p build
+	$(CC) -std=c11 -O2 $(WARNINGS) $< -o $@
+
+build/test_loopmdm: test_loopmdm.c loopmdm.c dev/data/unicode.h
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+# The main job. It continues where an interrupted one stopped; make clean begins anew.
+TOKENIZER = dev/data/stories.tok
+STORIES = build/stories_train.bin build/stories_val.bin
+
+build/stories_%.bin: build/stories loopmdm $(TOKENIZER)
+	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),40000,1000) --output build/stories_$*.txt
+	./loopmdm tokenize --tokenizer $(TOKENIZER) --input build/stories_$*.txt --output $@
+
+TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 8 --steps 3000 --lr 4e-3 --clip 0.5
+train: loopmdm $(STORIES)
+	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run $(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
+	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8
+	./loopmdm sample --model build/run -n 3
+	./loopmdm sample --model build/run --fill 'Tom had a red ____. One day, he could not find his red ____.'
+
+check: loopmdm build/test_loopmdm
+	build/test_loopmdm ./loopmdm dev/reference/*.bin
+
+.venv/ready: dev/requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install -q -r dev/requirements.txt
+	touch $@
+
+test: loopmdm build/test_loopmdm $(STORIES) .venv/ready
+	bash dev/test.sh
+
+clean:
+	rm -rf build loopmdm
+
+.PHONY: all train check test clean

@@ -1,0 +1,457 @@
+/*
+ * stories.c - writes simple children's stories, to train a tiny text model on.
+ *
+ * A very small language model learns good English only if the English is very simple: few words,
+ * short stories, clear cause and effect. This program makes any amount of such text without a
+ * download. Early facts return later ("Tom had a red ball. ... There was the red ball!"), so
+ * that a blanked-out word, the task of a masked diffusion model, often has just one right answer.
+ *
+ *   cc -std=c11 -O2 -o stories stories.c
+ *   ./stories --count 20000 --output stories.txt
+ *
+ * --help lists the options. The text is plain ASCII. A story is two short paragraphs, one line
+ * each, and then a line <|endoftext|>. Story i depends only on the seed and on i, so a larger
+ * --count only adds stories at the end, and another --seed gives another corpus.
+ *
+ * With --output FILE the text goes to FILE.tmp, which is renamed when complete: FILE is never half
+ * written. An error is one line on standard error; the exit status is then 2 if the command line
+ * is wrong and 1 if the text could not be written.
+ *
+ * How a story is made. A plot (see the table below) is a list of rows, used in order:
+ *
+ *   "thing = ball|car"     chooses a word for this story: {thing} is now, say, "car". A different
+ *                          one is chosen too: {thing2} is "ball".
+ *   "{He} ran.|{He} sat."  any other row is a sentence or two. "|" separates wordings; one is
+ *                          chosen. A "\n" in front starts the second paragraph.
+ *
+ * Within a sentence:
+ *
+ *   {thing} {thing2}       the words chosen for this story
+ *   {Thing}                with a capital letter
+ *   {a thing}              with "a" or "an" before it, whichever is right
+ *   [one|two|three]        one of these, chosen on the spot
+ *
+ * Some words are chosen for every story: those in `common`, and the cast. The hero is {name}, with
+ * {he} {him} {his}; the friend, {name2} {he2} {him2} {his2}, is a girl if the hero is a boy and a
+ * boy if she is a girl, so "he" and "she" are never in doubt. To add a plot, add it to the table.
+ */
+#include <ctype.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// ------------------------------------------------------------------------------------------------
+// The stories. Keep the words few: each new one is one more for the model to learn.
+
+static const struct { const char *slot, *boy, *girl; } cast[] = {
+    {"name", "Tom|Ben|Sam|Max|Tim|Jack|Leo|Dan|Bob|Joe",
+             "Anna|Lily|Mia|Sue|Lucy|Emma|Amy|Zoe|Kate|Jane"},
+    {"he", "he", "she"},
+    {"him", "him", "her"},
+    {"his", "his", "her"},
+};
+
+static const char *const common[] = {
+    "look = red|blue|green|yellow|pink|purple|orange", // a colour, unless the plot says
+    "pet = cat|dog|rabbit|mouse",
+    "parent = mom|dad",
+    "place = park|garden|woods|field",
+    "spot = under the bed|behind the door|under the table|behind the chair|in the box",
+};
+
+static const char *const plots[][16] = {
+    { // lost and found
+        "thing = ball|car|doll|boat|drum|train",
+        "{name} had {a look} {thing}[| and loved it very much| and played with it every day].",
+        "[One day, |But one morning, ]{he} [could not find it|wanted to play, but it was gone].",
+        "{He} [looked|went to look] {spot2}, but it was not there.|"
+        "Was it {spot2}? No, it was not there.",
+        "\n\"[Can you help me find|Where is] my {thing}?\" {he} asked the {pet}.",
+        "The {pet} [ran to look {spot}|looked {spot} and jumped up and down].",
+        "There was the {look} {thing}!|And there it was, the {look} {thing}!",
+        "\"[Thank you|You are a good {pet}]!\" said {name}[| with a big smile].|"
+        "{name} was so happy that {he} gave the {pet} a big hug.",
+    },
+    { // sharing
+        "look = big|round|sweet|small",
+        "thing = cake|pie|apple|cookie",
+        "{name} [sat in|went to] the {place} with {a look} {thing}.|"
+        "{name} had {a look} {thing} to eat in the {place}.",
+        "[Then {name2} came by|{name2} was there too], but {he2} had [no food|nothing to eat].",
+        "\n\"Do you want some of my {thing}?\" asked {name}.|"
+        "\"[We can share|You can have some of] my {thing},\" said {name}.",
+        "\"[Yes, please|Thank you]!\" said {name2}[| with a big smile].",
+        "So {name} cut the {look} {thing} in two, and they ate it under a tree.|"
+        "They sat under a tree and ate the {look} {thing}.",
+        "It [was so good|is good to share]!|From that day, they were good friends.|"
+        "It was fun to eat in the {place} with a friend.",
+    },
+    { // broken and mended
+        "thing = car|boat|train|kite|doll",
+        "place = kitchen|house|garden|yard",
+        "[One day, |One morning, |]{name} ran in the {place} with {a look} {thing}.",
+        "{He} ran too fast and fell, and the {thing} broke.|"
+        "Then {he} fell down, and the {thing} broke in two.",
+        "{name} [was very sad|sat down] and began to cry.|\"Oh no[|! My {thing}]!\" {he} said.",
+        "\n\"[Do not be sad. We can fix it|I can help you fix it],\" said {his} {parent}.",
+        "They worked [all morning|for a long time], "
+        "and soon the {look} {thing} was [as good as new|not broken any more].",
+        "\"Thank you, {Parent}! I will not run in the {place} again,\" said {name}.|"
+        "{name} gave {his} {parent} a hug and did not run in the {place} again.",
+    },
+    { // afraid and brave
+        "look = black|white|brown|gray",
+        "{name} had {a look} {pet}[| and loved it very much].|"
+        "{name} and {his} {look} {pet} were good friends.",
+        "One [|dark |cold ]night, {he} was in bed and heard a [|loud ]sound {spot}.",
+        "{He} was [very afraid|afraid and wanted {his} {parent}|too afraid to sleep].",
+        "\nBut {name} wanted to be brave.|\"I can be brave,\" said {name}.",
+        "{He} got up[| and took a light] to look {spot}.",
+        "It was only the {look} {pet}!|And there was {his} {look} {pet}!",
+        "\"You can sleep with me,\" said {name}, and they went to bed.|"
+        "{name} laughed and took the {pet} to bed[|. {He} was not afraid any more].",
+    },
+    { // a gift
+        "thing = kite|hat|boat|doll|bag",
+        "{name} wanted to make [a gift|something] for {name2}[|, a good friend].",
+        "{name2} loved the color {look}.|The color {name2} loved best was {look}.",
+        "So {name} [made|worked all morning to make] {a look} {thing} and put it in {a look2} box.",
+        "\n\"This is for you,\" {he} said.|\"What is in the {look2} box?\" asked {name2}.",
+        "{name2} opened [it|the {look2} box] and [saw|took out] the {look} {thing}.",
+        "\"[It is {look}! I love it|Thank you! I love my {thing}]!\" {he2} said"
+        "[| with a big smile| and gave {name} a hug].",
+    },
+    { // up in a tree
+        "thing = kite|hat|balloon",
+        "pet = bird|cat|mouse",
+        "[One day, |One morning, |]{name} [played in|went to] the {place} with {a look} {thing}.",
+        "[A big|But then the] wind came and took the {thing} up into a [big|tall] tree.",
+        "{name} jumped and jumped, but {he} [was too small|could not get it down].",
+        "\n\"[Can I help you?|I can get it for you!]\" said a little {pet}.",
+        "Up went the {pet}, and down it came with the {look} {thing}.|"
+        "The {pet} went up the tree and came [back|down] with the {look} {thing}.",
+        "\"Thank you[|, little {pet}]!\" said {name}[|, and they played in the {place}].",
+    },
+    { // a hurt animal
+        "pet = bird|duck|rabbit|cat",
+        "One [|cold |sunny ][day|morning], {name} [found|saw] a little {pet} in the {place}.",
+        "[Its leg was hurt, and it|It had a bad leg and] could not walk.",
+        "{name} took it home and [put it|made a bed for it] in {a look} box.",
+        "Every day, {he} gave [it|the {pet}] [food and water|something to eat|some food].",
+        "\n[Soon|Then one day,] the {pet} was well again and jumped out of [the|its] {look} box.",
+        "{name} took it back to the {place}.",
+        "\"Go home, little {pet}!\" {he} said[| with a smile].",
+    },
+    { // rain
+        "thing = house|boat|train|car",
+        "[One morning, |]{name} and {name2} [wanted|went out] to play in the {place}.",
+        "But then [it began to rain|the rain came], and they [ran|had to go] home.",
+        "\"Now we can not play,\" said {name2}.|{name2} looked at the rain and was sad.",
+        "\n[Then|But] {name} [saw|found] a big {look} box.",
+        "\"[We can make {a thing} out of it|Look, this can be {a thing}]!\" {he} said.",
+        "[So they made|They worked, and soon they had] {a look} {thing}.",
+        "When the sun came out, they took it to the {place}.|"
+        "They were happy and played in it all day.",
+    },
+    { // a tower
+        "thing = table|chair|door|bed",
+        "pet = dog|cat|rabbit|duck",
+        "{name} and {name2} made a tower with {look} blocks.|"
+        "{name} had some {look} blocks and made a tower with {name2}.",
+        "Soon it was as tall as the {thing}.",
+        "Then the {pet} [ran by and hit|jumped on] the tower, and it fell down.",
+        "\"Bad {pet}!\" said {name}.|{name} was very mad[| at the {pet}].",
+        "\n\"[Do not be mad|It is only a game],\" said {name2}. "
+        "\"We can [make|have] a new tower.\"",
+        "So they made one with the {look} blocks, [as tall as the {thing}|"
+        "and the {pet} sat by and looked|and this time the {pet} only looked].",
+    },
+    { // hide and seek
+        "pet = cat|dog|rabbit|duck",
+        "[One day, |One morning, |]{name} and {name2} played hide and seek with the {pet}.",
+        "\"[One, two, three, go|Go and hide]!\" said {name}.",
+        "{name2} hid {spot}, and the {pet} hid {spot2}.|"
+        "The {pet} ran to hide {spot2}, and {name2} hid {spot}.",
+        "{name} [looked|ran to look] {spot2} and [found|saw] the {pet}.",
+        "\nBut where was {name2}?|But {he} could not find {name2}.",
+        "Then {he} [|heard a sound and ]looked {spot}.",
+        "\"I see you!\" said {name}, and {name2} [came out|laughed].|"
+        "\"You found me!\" said {name2}. \"Now you can hide.\"",
+    },
+    { // a seed
+        "place = garden|yard|park|field",
+        "[One day, |One morning, |]{name} [had|got] a [|little ]seed for {a look} flower.",
+        "{He} [ran|went] to the {place} and put it in the ground.",
+        "Every day, {he} gave it [|some ]water[| and looked at it].",
+        "But nothing came up[| for a long time], and {name} was [|very ]sad.",
+        "\n\"[You have to wait|Do not be sad. It will come],\" said {his} {parent}.",
+        "Then one [|sunny |warm ][morning|day], there was {a look} flower in the {place}!",
+        "{name} was happy and gave [it|the {look} flower] to {his} {parent}.|"
+        "\"Look, {Parent}!\" said {name}. \"My [|{look} ]flower!\"",
+    },
+    { // a hungry animal
+        "look = black|white|brown|gray",
+        "pet = duck|bird|mouse|goat|pig",
+        "thing = bread|corn|cake",
+        "One [|cold ][day|morning], {name} [saw|found] {a look} {pet} in the {place}.",
+        "It was [very|cold and] hungry and had nothing to eat.",
+        "\"Do you want some {thing}?\" asked {name}.|\"You can have some {thing},\" said {name}.",
+        "\"[Yes, please|Thank you]!\" said the {pet}.",
+        "\n{name} ran home and came back with the {thing}.",
+        "The {look} {pet} ate it all and was [not hungry any more|very happy|happy again].",
+        "The next day, the {pet} came back to the {place} to play with {name}.|"
+        "From that day, {name} and the {look} {pet} were [|good ]friends.",
+    },
+    { // a race
+        "goal = the big tree|the old house|the lake|the garden|the park",
+        "[One day, |One morning, |]{name} and {name2} [had|ran] a race to {goal}.",
+        "\"[One, two, three, go|Go]!\" said {name2}[|, and they ran].",
+        "{name} [was very fast|ran so fast] and wanted to win.",
+        "Then {name2} fell down and hurt {his2} leg.|"
+        "Then {name2} fell. \"Oh no! My leg!\" {he2} said.",
+        "\n{name} [heard {him2}|did not want to win any more], so {he} stopped and ran back.",
+        "{He} [took {his2} hand|helped {him2} up], and they [|both ][walked|went] to {goal}.",
+        "\"[We both win|You are a good friend]!\" said {name2}[| with a smile].",
+    },
+    { // mud
+        "look = white|black|gray",
+        "pet = dog|cat|rabbit|pig|goat|duck",
+        "{name} had {a look} {pet}[| and loved it very much| and played with it every day].",
+        "[One day after|After] the rain, they [played in|went to] the {place}.",
+        "The {pet} [jumped|fell|ran] into the mud and was not {look} any more.",
+        "\"Oh no!\" said {name}. \"[Now you|You] are all brown!\"",
+        "\n{He} took [it|the {pet}] home, and {his} {parent} got [|some ][|warm ]water.",
+        "[Soon|Then] it was {a look} {pet} again, and {name} was wet, too.",
+        "But the {pet} looked at the {place} and wanted to go back!|"
+        "\"[Stay out of|Do not play in] the mud!\" said {name}.",
+    },
+    { // a sick friend
+        "thing = book|flower|doll|hat|balloon",
+        "{name} and {name2} played in the {place} every day.",
+        "But one [day|morning], {name2} was [sick|not well] and had to stay in bed.",
+        "So {name} [went|ran] to {his2} house with {a look} {thing}.",
+        "\n\"[This {thing} is for you|Look what I have for you],\" {he} said.",
+        "{name2} saw the {look} {thing} and was very happy.|"
+        "\"It is {look}! Thank you!\" said {name2}[| with a big smile].",
+        "[The next day,|Soon] {he2} was well again, and they [played in|went back to] the {place}.",
+    },
+};
+
+// ------------------------------------------------------------------------------------------------
+// Making a story: choose words, fill them in
+
+typedef struct { const char *text; size_t len; } Span; // a piece of a string in the tables above
+
+typedef struct { Span name, word, word2; } Slot;       // {name} stands for word, {name2} for word2
+
+typedef struct {
+    FILE *out;
+    uint64_t key;     // which story this is: a hash of the seed and the story's number
+    uint64_t draws;   // random choices made so far
+    Slot slots[16];   // the cast, `common`, then what the plot chooses
+    size_t num_slots;
+} Story;
+
+// Prints one line "stories: ..." on standard error and ends the program.
+static void die(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("stories: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(status);
+}
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+#define GOLDEN 0x9e3779b97f4a7c15u // 2^64 / golden ratio
+
+// The finalizer of splitmix64: any change of x changes about half of the bits.
+static uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+// A random number in 0 .. n-1. It is a hash of (seed, story, draw), with no generator whose state
+// passes from story to story: so story i is the same in every corpus of that seed, however long.
+static size_t draw(Story *s, size_t n) {
+    uint64_t h = mix(s->key + s->draws++ + GOLDEN);
+    return (size_t)((h >> 32) * n >> 32);
+}
+
+static Span span(const char *from, const char *to) { return (Span){ from, (size_t)(to - from) }; }
+
+static Span whole(const char *text) { return (Span){ text, strlen(text) }; }
+
+// Option k of "a|b|c"; its text is NULL if there are not so many. A "|" within [...] is not ours.
+static Span option(Span list, size_t k) {
+    const char *start = list.text, *end = list.text + list.len;
+    int depth = 0;
+    for (const char *p = start; p <= end; p++) {
+        if (p == end || (*p == '|' && depth == 0)) {
+            if (k-- == 0) return span(start, p);
+            start = p + 1;
+        } else {
+            depth += (*p == '[') - (*p == ']');
+        }
+    }
+    return (Span){ NULL, 0 };
+}
+
+static size_t count_options(Span list) {
+    size_t n = 0;
+    while (option(list, n).text) n++;
+    return n;
+}
+
+static Span choose(Story *s, Span list) {
+    return option(list, draw(s, count_options(list)));
+}
+
+static void add_slot(Story *s, Span name, Span word, Span word2) {
+    if (s->num_slots == COUNT(s->slots)) die(1, "a plot has too many slots; make slots[] larger");
+    s->slots[s->num_slots++] = (Slot){ name, word, word2 };
+}
+
+// Chooses two different words for the slot of a row such as "thing = ball|car".
+static void choose_slot(Story *s, const char *row, const char *equals) {
+    Span list = whole(equals + strlen(" = "));
+    size_t n = count_options(list), k = draw(s, n), k2 = (k + 1 + draw(s, n - 1)) % n;
+    add_slot(s, span(row, equals), option(list, k), option(list, k2));
+}
+
+// Writes the word for what stands within {...}: "thing", "thing2", "Thing" or "a thing".
+static void fill(Story *s, Span ask) {
+    int article = ask.len > 2 && memcmp(ask.text, "a ", 2) == 0;
+    if (article) ask = (Span){ ask.text + 2, ask.len - 2 };
+    int second = ask.text[ask.len - 1] == '2';
+    size_t len = ask.len - (size_t)second;
+    for (size_t i = s->num_slots; i-- > 0;) { // backwards: a plot's list hides the one in `common`
+        Span name = s->slots[i].name, word = second ? s->slots[i].word2 : s->slots[i].word;
+        if (name.len == len && name.text[0] == tolower(ask.text[0]) &&
+            memcmp(name.text + 1, ask.text + 1, len - 1) == 0) {
+            if (article) fputs(strchr("aeiou", word.text[0]) ? "an " : "a ", s->out);
+            putc(isupper(ask.text[0]) ? toupper(word.text[0]) : word.text[0], s->out);
+            fwrite(word.text + 1, 1, word.len - 1, s->out);
+            return;
+        }
+    }
+    die(1, "a plot asks for {%.*s}, which nothing chooses", (int)ask.len, ask.text);
+}
+
+// Chooses one of the wordings and writes it, with each {...} filled in and each [...] expanded too.
+static void expand(Story *s, Span wordings) {
+    Span t = choose(s, wordings);
+    for (const char *p = t.text, *close; p < t.text + t.len; p++) {
+        if (*p == '{' && (close = strchr(p, '}'))) {
+            fill(s, span(p + 1, close));
+            p = close;
+        } else if (*p == '[' && (close = strchr(p, ']'))) {
+            expand(s, span(p + 1, close));
+            p = close;
+        } else {
+            putc(*p, s->out);
+        }
+    }
+}
+
+static void write_story(FILE *out, uint64_t seed, uint64_t index) {
+    Story s = { .out = out, .key = mix(mix(seed + GOLDEN) + index + GOLDEN) };
+    size_t girl = draw(&s, 2);
+    for (size_t i = 0; i < COUNT(cast); i++) {
+        Span boy_word = choose(&s, whole(cast[i].boy)), girl_word = choose(&s, whole(cast[i].girl));
+        add_slot(&s, whole(cast[i].slot), girl ? girl_word : boy_word, girl ? boy_word : girl_word);
+    }
+    for (size_t i = 0; i < COUNT(common); i++) {
+        choose_slot(&s, common[i], strstr(common[i], " = "));
+    }
+    const char *const *plot = plots[draw(&s, COUNT(plots))];
+    int sentences = 0;
+    for (size_t i = 0; i < COUNT(plots[0]) && plot[i]; i++) {
+        const char *row = plot[i], *equals = strstr(row, " = ");
+        if (equals) {
+            choose_slot(&s, row, equals);
+        } else {
+            int paragraph = *row == '\n';
+            if (sentences++) putc(paragraph ? '\n' : ' ', out);
+            expand(&s, whole(row + paragraph));
+        }
+    }
+    fputs("\n<|endoftext|>\n", out);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The command line
+
+static const char usage[] =
+    "usage: stories [--seed N] [--count N] [--output FILE]\n"
+    "Writes simple children's stories, each followed by a line <|endoftext|>.\n"
+    "  --seed N       which corpus to write, 0 to 2^64-1 (default 1)\n"
+    "  --count N      how many stories, at least 1 (default 1000)\n"
+    "  --output FILE  where to write them (default: standard output)\n"
+    "  --help         show this text\n";
+
+// The value after the option argv[*i]; *i moves on to it.
+static const char *next_value(char **argv, int *i) {
+    if (!argv[*i + 1] || !*argv[*i + 1]) die(2, "%s needs a value; try --help", argv[*i]);
+    return argv[++*i];
+}
+
+static uint64_t next_number(char **argv, int *i, uint64_t min) {
+    const char *name = argv[*i], *text = next_value(argv, i);
+    char *end;
+    errno = 0;
+    uint64_t number = strtoull(text, &end, 10); // takes " 7" and "-1" too: check for a digit
+    if (!isdigit((unsigned char)*text) || *end || errno || number < min) {
+        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'",
+            name, min, UINT64_MAX, text);
+    }
+    return number;
+}
+
+// Makes sure that all is written, as a full disk may show only now, and gives FILE.tmp its name.
+static void finish(FILE *out, const char *temporary, const char *path) {
+    if (ferror(out) || fflush(out) || (path && (fclose(out) || rename(temporary, path)))) {
+        int reason = errno;
+        if (path) remove(temporary);
+        die(1, "cannot write %s: %s; free some space or choose another --output",
+            path ? path : "standard output", strerror(reason));
+    }
+}
+
+int main(int argc, char **argv) {
+    uint64_t seed = 1, count = 1000;
+    const char *path = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            fputs(usage, stdout);
+            finish(stdout, NULL, NULL);
+            return 0;
+        }
+        if (!strcmp(argv[i], "--seed")) seed = next_number(argv, &i, 0);
+        else if (!strcmp(argv[i], "--count")) count = next_number(argv, &i, 1);
+        else if (!strcmp(argv[i], "--output")) path = next_value(argv, &i);
+        else die(2, "unknown option '%s'; try --help", argv[i]);
+    }
+
+    FILE *out = stdout;
+    char *temporary = NULL;
+    if (path) {
+        size_t size = strlen(path) + sizeof ".tmp";
+        temporary = malloc(size);
+        if (!temporary) die(1, "out of memory");
+        snprintf(temporary, size, "%s.tmp", path);
+        out = fopen(temporary, "wb");
+        if (!out) {
+            die(1, "cannot create %s: %s; choose another --output", temporary, strerror(errno));
+        }
+    }
+    for (uint64_t i = 0; i < count && !ferror(out); i++) write_story(out, seed, i);
+    finish(out, temporary, path);
+    free(temporary);
+    return 0;
+}
