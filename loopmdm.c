@@ -1836,13 +1836,24 @@ static void sample_command(void) {
     model_free(&m);
 }
 
+static void print_token(const Tokenizer *t, int id) { // what is no printable character as \xNN
+    printf("%6d  '", id);
+    for (int i = 0, length; i < t->length[id]; i += length) {
+        const unsigned char *s = t->bytes[id] + i;
+        character_class(s, t->length[id] - i, &length);
+        if (*s < 32 || *s == 127 || (*s >= 128 && length == 1)) printf("\\x%02x", *s);
+        else printf("%.*s", length, (const char *)s);
+    }
+    printf("'\n");
+}
+
 static void tokenize(void) {
     if (!opt.tokenizer) die(USAGE, "tokenize needs --tokenizer; see loopmdm tokenize --help");
     if (!opt.text == !opt.input || (opt.input && !opt.output)) die(USAGE, "tokenize takes either --text, or --input and --output");
     Tokenizer t = tokenizer_open(opt.tokenizer);
     if (opt.text) {
         int *ids = (int *)allocate(strlen(opt.text), sizeof(int), "tokens"), n = (int)tokenizer_encode(&t, ids, opt.text, strlen(opt.text), "--text");
-        for (int i = 0; i < n; i++) printf("%6d  '%.*s'\n", ids[i], t.length[ids[i]], (const char *)t.bytes[ids[i]]);
+        for (int i = 0; i < n; i++) print_token(&t, ids[i]);
         printf("%d tokens\n", n);
         free(ids);
         return;

@@ -231,15 +231,15 @@ def learning_rate(lr, floor, warmup, steps, step):
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train_step(model, optimizer, c, shards, seed, step, batch, accum, dist, lr, clip):
-    """One optimizer step. Returns loss, S, mean t, gradient norm and the number of masked tokens."""
+def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum, dist, lr, clip):
+    """One optimizer step; loss_function is model.loss, or that compiled. Returns loss, S, mean t, gradient norm and the number of masked tokens."""
+    c = model.config
     S, T, rows = draw_loops(c, dist, seed, step), c.max_seq_len, batch * accum
     loss = mean_t = masked = 0.0
     for first in range(0, rows, batch):
         targets = data_batch(shards, seed, step, first, batch, T)
         x, t, weights = add_noise(c, targets, seed, step, first, rows)
-        part = model.loss(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S) if not hasattr(model, "compiled") else \
-            model.compiled(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S)
+        part = loss_function(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S)
         part.backward()
         loss, mean_t, masked = loss + part.item(), mean_t + t.sum() / rows, masked + (weights > 0).sum()
     # torch.nn.utils.clip_grad_norm_ sums in float32, which is off by 2e-4 for seven million parameters
@@ -469,7 +469,7 @@ def dump(path, c, seed, B, T, loops):
     optimizer, losses = make_optimizer(model, 1e-3, 0.1), []
     model.zero_grad()
     for step in range(10):
-        losses.append(train_step(model, optimizer, c, shards, seed, step, B, 2, "uniform", learning_rate(1e-3, 0.1, 3, 10, step), 1.0))
+        losses.append(train_step(model, model.loss, optimizer, shards, seed, step, B, 2, "uniform", learning_rate(1e-3, 0.1, 3, 10, step), 1.0))
     out["train_loss"] = np.array([s[0] for s in losses], np.float32)
     out["train_loops"] = np.array([s[1] for s in losses])
     out["train_norm"] = np.array([s[3] for s in losses], np.float32)
@@ -513,8 +513,7 @@ def train(o):
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
     if o.resume:
         flops = checkpoint_resume(model, optimizer, o.out)
-    if o.compile:
-        model.compiled = torch.compile(model.loss, dynamic=False)
+    loss_function = torch.compile(model.loss) if o.compile else model.loss
     loops = sorted({1, max(1, c.max_loops // 2), c.max_loops})
     path = os.path.join(o.out, "log.csv")
     kept = [line for line in open(path).readlines()[1:] if int(line.split(",")[0]) <= begin] if o.resume and os.path.exists(path) else []
@@ -523,7 +522,7 @@ def train(o):
     for step in range(begin, o.steps):
         began, rows = time.time(), o.batch * o.accum
         lr = learning_rate(o.lr, o.floor, o.warmup, o.steps, step)
-        loss, S, t, norm, masked = train_step(model, optimizer, c, shards, o.seed, step, o.batch, o.accum, o.loop_dist, lr, o.clip)
+        loss, S, t, norm, masked = train_step(model, loss_function, optimizer, shards, o.seed, step, o.batch, o.accum, o.loop_dist, lr, o.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             sys.exit(f"step {step + 1}: the loss is {loss} and its gradient {norm}")
         flops += flops_per_token(c, c.max_seq_len, S, masked / (rows * c.max_seq_len), True) * rows * c.max_seq_len
