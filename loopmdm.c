@@ -14,16 +14,17 @@ LoopMDM runs a few early-middle layers several times with the same weights: more
 
 The file reads from top to bottom:
 
-    1. configuration and parameters      5. optimizer
-    2. randomness and noise              6. data, tokenizer, checkpoints
-    3. layers, forward and backward      7. sampler
-    4. model                             8. command line
+    1. configuration and parameters      6. data, tokenizer, checkpoints
+    2. randomness and noise              7. training step and evaluation
+    3. layers, forward and backward      8. sampler
+    4. model                             9. command line
+    5. optimizer
 
 Build with make, or:  cc -O3 -march=native -ffp-contract=fast -fopenmp loopmdm.c -o loopmdm -lm
 Without OpenMP it runs on one thread. Results do not depend on the number of threads, not even in the last bit:
 work is divided so that every sum is taken in the same order whoever computes it.
 */
-#define _DEFAULT_SOURCE  // mmap, glob, fsync, ioctl on Linux ...
+#define _DEFAULT_SOURCE  // mmap, glob, open_memstream, ioctl on Linux ...
 #define _DARWIN_C_SOURCE // ... and on macOS
 #include <ctype.h>
 #include <errno.h>
@@ -80,6 +81,9 @@ static double seconds(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
+
+// Threads take microseconds to wake up: is this many simple operations worth it?
+static int worth_threads(size_t operations) { return operations > 20000; }
 
 // =====================================================================================================================
 // 1. Configuration and parameters
@@ -344,7 +348,7 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
     int a_panels = (M + MR - 1) / MR;
     float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
     float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * min_int(K, KC));
-    OMP(omp parallel if (!omp_in_parallel()))
+    OMP(omp parallel if (!omp_in_parallel() && worth_threads((size_t)M * N * K / 16)))
     for (int n0 = 0; n0 < N; n0 += NC) {
         int n = min_int(NC, N - n0);
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -379,7 +383,7 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
     gemm(OC, C, M, dout, 1, OC, inp, C, 1, dweight, C, NULL, 1);
     if (!dbias) return;
     enum { COLUMNS = 64 };
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)M * OC)))
     for (int j0 = 0; j0 < OC; j0 += COLUMNS) { // threads own columns, so that each sum has one order
         int n = min_int(COLUMNS, OC - j0);
         float sum[COLUMNS] = {0};
@@ -393,14 +397,14 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
 
 // out (B,T,C) = wte[x] + wpe[position]; x (B,T), wte (Vp,C), wpe (max_seq_len,C)
 static void encoder_forward(float *out, const int *x, const float *wte, const float *wpe, int B, int T, int C) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
     for (int i = 0; i < B * T; i++)
         for (int c = 0; c < C; c++) out[(size_t)i * C + c] = wte[(size_t)x[i] * C + c] + wpe[(size_t)(i % T) * C + c];
 }
 
 static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int *x, int B, int T, int C) {
     enum { COLUMNS = 16 };
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
     for (int c0 = 0; c0 < C; c0 += COLUMNS) // many positions add to one row of wte: threads own columns
         for (int i = 0; i < B * T; i++)
             for (int c = c0; c < min_int(c0 + COLUMNS, C); c++) {
@@ -413,7 +417,7 @@ static void encoder_backward(float *dwte, float *dwpe, const float *dout, const 
 
 // out (M,C) = (inp - mean) rstd weight + bias, for each row of inp (M,C); keeps mean (M) and rstd (M)
 static void layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *weight, const float *bias, int M, int C) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)M * C)))
     for (int i = 0; i < M; i++) {
         const float *x = inp + (size_t)i * C;
         float *y = out + (size_t)i * C, sum = 0, squares = 0;
@@ -433,7 +437,7 @@ static void layernorm_forward(float *out, float *mean, float *rstd, const float 
 // With xhat = (inp - mean) rstd and g = dout weight:  dinp += rstd (g - mean(g) - xhat mean(g xhat))
 static void layernorm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight,
                                const float *mean, const float *rstd, int M, int C) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)M * C)))
     for (int i = 0; i < M; i++) {
         const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
         float *dx = dinp + (size_t)i * C, m = mean[i], s = rstd[i], g = 0, gx = 0;
@@ -447,7 +451,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
         for (int c = 0; c < C; c++) dx[c] += s * (dy[c] * weight[c] - g - (x[c] - m) * s * gx);
     }
     enum { COLUMNS = 64 };
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)M * C)))
     for (int c0 = 0; c0 < C; c0 += COLUMNS) {
         int n = min_int(COLUMNS, C - c0);
         float dw[COLUMNS] = {0}, db[COLUMNS] = {0};
@@ -472,7 +476,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
 // a query and a key see only their distance. cosine, sine (T,D/2). sign -1 turns back.
 static void rope_rotate(float *qkv, const float *cosine, const float *sine, float sign, int B, int T, int C, int NH) {
     int D = C / NH, half = D / 2;
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
     for (int i = 0; i < B * T; i++) {
         const float *cs = cosine + (size_t)(i % T) * half, *sn = sine + (size_t)(i % T) * half;
         for (int h = 0; h < 2 * NH; h++) { // heads of q, then of k
@@ -518,7 +522,7 @@ enum { ATTN_TILE = 64 }; // queries at a time: the scores of a tile are (ATTN_TI
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
     float scale = 1 / sqrtf(D);
-    OMP(omp parallel for schedule(dynamic))
+    OMP(omp parallel for schedule(dynamic) if (worth_threads((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
@@ -546,7 +550,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
     float scale = 1 / sqrtf(D);
-    OMP(omp parallel for schedule(dynamic))
+    OMP(omp parallel for schedule(dynamic) if (worth_threads((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
@@ -579,7 +583,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
 
 static void gelu_forward(float *out, const float *inp, size_t n) {
-    OMP(omp parallel for simd)
+    OMP(omp parallel for simd if (parallel : worth_threads(4 * n)))
     for (size_t i = 0; i < n; i++) {
         float x = inp[i];
         out[i] = x / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
@@ -587,7 +591,7 @@ static void gelu_forward(float *out, const float *inp, size_t n) {
 }
 
 static void gelu_backward(float *dinp, const float *inp, const float *dout, size_t n) { // dinp may be dout
-    OMP(omp parallel for simd)
+    OMP(omp parallel for simd if (parallel : worth_threads(4 * n)))
     for (size_t i = 0; i < n; i++) {
         float x = inp[i], s = 1 / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
         dinp[i] = dout[i] * (s + x * s * (1 - s) * GELU_SCALE * (1 + 3 * 0.044715f * x * x));
@@ -597,7 +601,7 @@ static void gelu_backward(float *dinp, const float *inp, const float *dout, size
 // ---- residual connection: its backward is that both inputs get the gradient of the sum ----
 
 static void residual_forward(float *out, const float *a, const float *b, size_t n) {
-    OMP(omp parallel for simd)
+    OMP(omp parallel for simd if (parallel : worth_threads(n)))
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
@@ -605,13 +609,13 @@ static void residual_forward(float *out, const float *a, const float *b, size_t 
 
 // out (R,C) = inp (BT,C) at rows (R)
 static void gather_forward(float *out, const float *inp, const int *rows, int R, int C) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)R * C)))
     for (int r = 0; r < R; r++) memcpy(out + (size_t)r * C, inp + (size_t)rows[r] * C, C * sizeof(float));
 }
 
 // dinp (BT,C) at rows (R) = dout (R,C)
 static void gather_backward(float *dinp, const float *dout, const int *rows, int R, int C) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)R * C)))
     for (int r = 0; r < R; r++) memcpy(dinp + (size_t)rows[r] * C, dout + (size_t)r * C, C * sizeof(float));
 }
 
@@ -620,7 +624,7 @@ static void gather_backward(float *dinp, const float *dout, const int *rows, int
 // logits (R,V) -> probabilities (R,V) in their place; losses (R) = -log p[target]. targets (BT) are looked up at rows (R).
 // MASK is no column: it is never a candidate.
 static void crossentropy_forward(float *losses, float *logits, const int *targets, const int *rows, int R, int V) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)R * V)))
     for (int r = 0; r < R; r++) {
         float *p = logits + (size_t)r * V, largest = p[0], sum = 0, target = p[targets[rows[r]]];
         OMP(omp simd reduction(max : largest))
@@ -634,7 +638,7 @@ static void crossentropy_forward(float *losses, float *logits, const int *target
 
 // probabilities (R,V) -> dlogits (R,V) in their place, for the loss sum(weights * losses); weights (BT)
 static void crossentropy_backward(float *probs, const float *weights, const int *targets, const int *rows, int R, int V) {
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads((size_t)R * V)))
     for (int r = 0; r < R; r++) {
         float *d = probs + (size_t)r * V, weight = weights[rows[r]];
         d[targets[rows[r]]] -= 1;
@@ -851,7 +855,7 @@ static double gradient_norm(const Tensors *grads) {
     double sum = 0;
     int blocks = (int)((grads->total + BLOCK - 1) / BLOCK);
     double *squares = (double *)allocate(blocks, sizeof(double), "the gradient norm");
-    OMP(omp parallel for)
+    OMP(omp parallel for if (worth_threads(grads->total)))
     for (int b = 0; b < blocks; b++) {
         size_t begin = (size_t)b * BLOCK, end = begin + BLOCK < grads->total ? begin + BLOCK : grads->total;
         double s = 0;
@@ -874,7 +878,7 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
         float *p = m->params.tensor[t], *grad = m->grads.tensor[t], *m1 = m->moment1.tensor[t], *m2 = m->moment2.tensor[t];
-        OMP(omp parallel for simd)
+        OMP(omp parallel for simd if (parallel : worth_threads(m->params.size[t])))
         for (size_t i = 0; i < m->params.size[t]; i++) {
             float g = scale * grad[i];
             m1[i] = b1 * m1[i] + (1 - b1) * g;
@@ -966,6 +970,8 @@ static Data data_open(const char *pattern, int vocab_size, int T) {
 // whose union is the token of lowest id.
 
 typedef struct {
+    const unsigned char *file;   // as it is on disk, mapped
+    size_t file_size;
     int vocab_size, eot;
     const unsigned char **bytes; // (V) each token's bytes,
     int *length;                 // (V) and how many
@@ -994,6 +1000,7 @@ static Tokenizer tokenizer_open(const char *path) {
     const uint32_t *header = (const uint32_t *)file;
     Tokenizer t;
     memset(&t, 0, sizeof t);
+    t.file = file, t.file_size = size;
     if (header[1] < 1 || header[1] > 2) die(FAILED, "%s is a tokenizer of version %u; this program reads 1 and 2", path, header[1]);
     if (header[2] < 1 || header[2] > 65535) die(FAILED, "%s is damaged: a vocabulary of %u tokens", path, header[2]);
     t.vocab_size = (int)header[2];
@@ -1152,38 +1159,49 @@ static uint32_t crc32_update(uint32_t crc, const void *data, size_t n) { // as i
     return ~crc;
 }
 
+static char *concat(const char *a, const char *b) { // the caller frees it
+    char *s = (char *)allocate(strlen(a) + strlen(b) + 1, 1, "a name");
+    return strcat(strcpy(s, a), b);
+}
+
 static char *join_path(const char *folder, const char *name) {
-    size_t n = strlen(folder) + strlen(name) + 2;
-    char *path = (char *)allocate(n, 1, "a path");
-    snprintf(path, n, "%s%s%s", folder, *folder && folder[strlen(folder) - 1] == '/' ? "" : "/", name);
+    char *base = concat(folder, "/"), *path = concat(base, name);
+    free(base);
     return path;
 }
 
-// Ends a write so that the bytes are on disk; dies, and removes the unfinished file, if anything went wrong.
-static void finish_file(FILE *file, const char *path, int failed) {
-    failed |= fflush(file) != 0 || fsync(fileno(file)) != 0;
+typedef struct { const void *data; size_t bytes; } Part;
+
+// Writes a file's parts to path.tmp, and sees that they are on the disk. On any error the unfinished file goes, and all others
+// are as they were.
+static void write_temporary(const char *path, const Part *parts, int n) {
+    char *temporary = concat(path, ".tmp");
+    FILE *file = fopen(temporary, "wb");
+    int failed = !file;
+    for (int i = 0; i < n && !failed; i++) failed = fwrite(parts[i].data, 1, parts[i].bytes, file) != parts[i].bytes;
+    failed = failed || fflush(file) || fsync(fileno(file));
     int error = errno;
-    failed |= fclose(file) != 0;
-    if (!failed) return;
-    unlink(path);
-    die(FAILED, "cannot write %s: %s; earlier files are as they were", path, strerror(error));
+    if (file && (fclose(file) || failed)) unlink(temporary), failed = 1;
+    if (failed) die(FAILED, "cannot write %s: %s; what was there before is unchanged", path, strerror(error));
+    free(temporary);
 }
 
-static FILE *create_file(const char *path) {
-    FILE *file = fopen(path, "wb");
-    if (!file) die(FAILED, "cannot write %s: %s", path, strerror(errno));
-    return file;
+static void commit_file(const char *path) { // path.tmp becomes path
+    char *temporary = concat(path, ".tmp");
+    if (rename(temporary, path)) die(FAILED, "cannot rename %s: %s", temporary, strerror(errno));
+    free(temporary);
 }
 
-static void write_tensors(const char *path, int *header, const float *const *parts, int num_parts, size_t count) {
-    header[HEADER_CRC] = 0;
-    uint32_t crc = crc32_update(0, header, HEADER_INTS * sizeof(int));
-    for (int i = 0; i < num_parts; i++) crc = crc32_update(crc, parts[i], count * sizeof(float));
+static void write_file(const char *path, const Part *parts, int n) {
+    write_temporary(path, parts, n);
+    commit_file(path);
+}
+
+// The header's CRC, of all parts; the header is the first.
+static void seal_header(int *header, const Part *parts, int n) {
+    uint32_t crc = 0;
+    for (int i = 0; i < n; i++) crc = crc32_update(crc, parts[i].data, parts[i].bytes);
     header[HEADER_CRC] = (int)crc;
-    FILE *file = create_file(path);
-    int failed = fwrite(header, sizeof(int), HEADER_INTS, file) != HEADER_INTS;
-    for (int i = 0; i < num_parts; i++) failed |= fwrite(parts[i], sizeof(float), count, file) != count;
-    finish_file(file, path, failed);
 }
 
 static void checkpoint_save(const Model *m, const char *folder, Progress p) {
@@ -1194,12 +1212,17 @@ static void checkpoint_save(const Model *m, const char *folder, Progress p) {
     optimizer[HEADER_STEP] = p.step;
     memcpy(optimizer + 4, &p.seed, sizeof p.seed);
     memcpy(optimizer + 6, &p.flops, sizeof p.flops);
-    const float *params[] = {m->params.data}, *moments[] = {m->moment1.data, m->moment2.data};
-    char *paths[] = {join_path(folder, "model.bin.tmp"), join_path(folder, "optimizer.bin.tmp"), join_path(folder, "model.bin"), join_path(folder, "optimizer.bin")};
-    write_tensors(paths[0], model, params, 1, m->params.total);
-    write_tensors(paths[1], optimizer, moments, 2, m->params.total);
-    if (rename(paths[1], paths[3]) || rename(paths[0], paths[2])) die(FAILED, "cannot rename the checkpoint in %s: %s", folder, strerror(errno));
-    for (int i = 0; i < 4; i++) free(paths[i]);
+    size_t bytes = m->params.total * sizeof(float);
+    const Part model_parts[] = {{model, sizeof model}, {m->params.data, bytes}};
+    const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {m->moment1.data, bytes}, {m->moment2.data, bytes}};
+    char *model_path = join_path(folder, "model.bin"), *optimizer_path = join_path(folder, "optimizer.bin");
+    seal_header(model, model_parts, 2);
+    seal_header(optimizer, optimizer_parts, 3);
+    write_temporary(model_path, model_parts, 2);
+    write_temporary(optimizer_path, optimizer_parts, 3);
+    commit_file(optimizer_path);
+    commit_file(model_path);
+    free(model_path), free(optimizer_path);
 }
 
 static Config header_config(const int *h) {
@@ -1207,7 +1230,7 @@ static Config header_config(const int *h) {
     return c;
 }
 
-// Reads a file of write_tensors(): the header, and parts of count floats each unless parts is NULL.
+// Reads a checkpoint file: the header, and parts of count floats each unless parts is NULL.
 static void read_tensors(const char *path, uint32_t magic, const char *kind, int *header, float *const *parts, int num_parts, size_t count) {
     size_t size;
     const unsigned char *file = map_file(path, magic, kind, &size);
@@ -1237,9 +1260,9 @@ static int peek_step(const char *path, int magic) {
 
 // Completes a checkpoint whose writer was stopped between its two renames.
 static void checkpoint_recover(const char *folder) {
-    char *model = join_path(folder, "model.bin"), *unfinished = join_path(folder, "model.bin.tmp"), *optimizer = join_path(folder, "optimizer.bin");
+    char *model = join_path(folder, "model.bin"), *unfinished = concat(model, ".tmp"), *optimizer = join_path(folder, "optimizer.bin");
     int step = peek_step(optimizer, OPTIMIZER_MAGIC);
-    if (step >= 0 && peek_step(model, MODEL_MAGIC) != step && peek_step(unfinished, MODEL_MAGIC) == step) rename(unfinished, model);
+    if (step >= 0 && peek_step(model, MODEL_MAGIC) != step && peek_step(unfinished, MODEL_MAGIC) == step) commit_file(model);
     free(model), free(unfinished), free(optimizer);
 }
 
@@ -1273,7 +1296,62 @@ static Progress checkpoint_resume(Model *m, const char *folder, int step) {
 }
 
 // =====================================================================================================================
-// 7. Sampler
+// 7. Training step and evaluation
+
+typedef struct { int *targets, *x; float *weights; double *t; } Batch; // (B,T), (B,T), (B,T), (B): see add_noise()
+
+static Batch batch_build(int B, int T) {
+    size_t n = (size_t)B * T;
+    Batch b = {(int *)allocate(n, sizeof(int), "a batch"), (int *)allocate(n, sizeof(int), "a batch"),
+               (float *)allocate(n, sizeof(float), "a batch"), (double *)allocate(B, sizeof(double), "a batch")};
+    return b;
+}
+
+static void batch_free(Batch b) { free(b.targets), free(b.x), free(b.weights), free(b.t); }
+
+typedef struct { int S; double loss, mean_t, masked_share, norm; } Gradient;
+
+// The gradient of step number step (from 0), in m->grads: one S for the step; rows of data, B at a time, with their noise.
+static Gradient train_gradient(Model *m, const Data *d, Batch b, int loop_dist, uint64_t seed, int step, int rows, int B) {
+    int T = m->config.max_seq_len;
+    Gradient g = {draw_loops(m->config, loop_dist, seed, step), 0, 0, 0, 0};
+    for (int first = 0; first < rows; first += B) {
+        data_batch(d, b.targets, seed, step, first, B, T);
+        add_noise(b.x, b.t, b.weights, b.targets, m->config, seed, step, first, B, rows, T);
+        model_forward(m, b.x, B, T, g.S);
+        g.loss += model_loss(m, b.targets, b.weights, 1);
+        for (int i = 0; i < B; i++) g.mean_t += b.t[i] / rows;
+        for (int i = 0; i < B * T; i++) g.masked_share += (b.weights[i] > 0) / ((double)rows * T);
+    }
+    g.norm = gradient_norm(&m->grads);
+    return g;
+}
+
+// NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error. Depends on
+// the seed alone: every S, and every model of the same T, sees the same masks.
+static double evaluate(Model *m, const Data *d, int S, int rows, int B, uint64_t seed, double *error) {
+    int T = m->config.max_seq_len;
+    int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
+    Batch b = batch_build(B, T);
+    double *nelbo = (double *)allocate(rows, sizeof(double), "the rows"), mean = 0, variance = 0;
+    for (int first = 0; first < rows; first += B) {
+        int n = min_int(B, rows - first);
+        for (int i = 0; i < n; i++) data_row(d, b.targets + (size_t)i * T, (first + i) * stride % available, T, T);
+        add_noise(b.x, b.t, b.weights, b.targets, m->config, seed, 0, first, n, rows, T);
+        model_forward(m, b.x, n, T, S);
+        model_loss(m, b.targets, b.weights, 0);
+        for (int i = 0, r = 0; i < n * T; i++)
+            if (b.weights[i] > 0) nelbo[first + i / T] += (double)b.weights[i] * m->losses[r++] * rows;
+    }
+    for (int r = 0; r < rows; r++) mean += nelbo[r] / rows;
+    for (int r = 0; r < rows; r++) variance += (nelbo[r] - mean) * (nelbo[r] - mean) / max_int(1, rows - 1);
+    *error = sqrt(variance / rows);
+    batch_free(b), free(nelbo);
+    return mean;
+}
+
+// =====================================================================================================================
+// 8. Sampler
 
 enum { ORDER_RANDOM, ORDER_CONFIDENCE };
 
@@ -1327,7 +1405,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
         for (int r0 = 0; r0 < n; r0 += m->head_rows) {
             int R = min_int(m->head_rows, n - r0), V = m->config.vocab_size;
             head_forward(m, candidates + r0, R);
-            OMP(omp parallel for)
+            OMP(omp parallel for if (worth_threads((size_t)R * V)))
             for (int r = 0; r < R; r++) {
                 int i = candidates[r0 + r];
                 double u = random_uniform(o.seed, STREAM_TOKEN, step, (uint64_t)first_row * T + i);
@@ -1349,7 +1427,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
 }
 
 // =====================================================================================================================
-// 8. Command line
+// 9. Command line
 
 enum { TRAIN = 1, EVAL = 2, SAMPLE = 4, TOKENIZE = 8, INFO = 16, FLOPS = 32 };
 
@@ -1528,30 +1606,6 @@ static Tokenizer model_tokenizer(const Model *m, const char *folder) {
     return t;
 }
 
-// NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error. Depends on the
-// seed alone: every S and every model of the same T sees the same masks.
-static double evaluate(Model *m, const Data *d, int S, int rows, int B, uint64_t seed, double *error) {
-    int T = m->config.max_seq_len;
-    int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
-    int *targets = (int *)allocate(2 * (size_t)B * T, sizeof(int), "a batch"), *x = targets + (size_t)B * T;
-    float *weights = (float *)allocate((size_t)B * T, sizeof(float), "a batch");
-    double *t = (double *)allocate(B, sizeof(double), "a batch"), *nelbo = (double *)allocate(rows, sizeof(double), "the rows"), mean = 0, variance = 0;
-    for (int first = 0; first < rows; first += B) {
-        int n = min_int(B, rows - first);
-        for (int b = 0; b < n; b++) data_row(d, targets + (size_t)b * T, (first + b) * stride % available, T, T);
-        add_noise(x, t, weights, targets, m->config, seed, 0, first, n, rows, T);
-        model_forward(m, x, n, T, S);
-        model_loss(m, targets, weights, 0);
-        for (int i = 0, r = 0; i < n * T; i++)
-            if (weights[i] > 0) nelbo[first + i / T] += (double)weights[i] * m->losses[r++] * rows;
-    }
-    for (int r = 0; r < rows; r++) mean += nelbo[r] / rows;
-    for (int r = 0; r < rows; r++) variance += (nelbo[r] - mean) * (nelbo[r] - mean) / max_int(1, rows - 1);
-    *error = sqrt(variance / rows);
-    free(targets), free(weights), free(t), free(nelbo);
-    return mean;
-}
-
 static volatile sig_atomic_t interrupted;
 
 static void on_interrupt(int number) {
@@ -1570,147 +1624,143 @@ static void make_folders(const char *path) { // as mkdir -p
     free(p);
 }
 
-// Keeps of log.csv the header and the steps that a resumed run does not repeat, and opens it to append.
+// Opens log.csv for appending, with the lines of earlier steps that a resumed run does not repeat.
 static FILE *open_log(const char *folder, int step, const int *val_loops, int num_val) {
-    char *path = join_path(folder, "log.csv"), *temporary = join_path(folder, "log.csv.tmp"), line[4096];
-    FILE *old = step ? fopen(path, "r") : NULL, *log = create_file(temporary);
+    char *path = join_path(folder, "log.csv"), *kept = NULL, line[4096];
+    size_t bytes;
+    FILE *old = step ? fopen(path, "r") : NULL, *log = open_memstream(&kept, &bytes);
     fprintf(log, "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops");
     for (int i = 0; i < num_val; i++) fprintf(log, ",val_nelbo_s%d", val_loops[i]);
     fprintf(log, "\n");
     while (old && fgets(line, sizeof line, old))
         if (isdigit((unsigned char)line[0]) && atoi(line) <= step) fputs(line, log);
     if (old) fclose(old);
-    finish_file(log, temporary, ferror(log));
-    if (rename(temporary, path) || !(log = fopen(path, "a"))) die(FAILED, "cannot write %s: %s", path, strerror(errno));
-    free(path), free(temporary);
+    fclose(log);
+    Part part = {kept, bytes};
+    write_file(path, &part, 1);
+    if (!(log = fopen(path, "a"))) die(FAILED, "cannot write %s: %s", path, strerror(errno));
+    free(path), free(kept);
     return log;
 }
 
-static void copy_file(const char *from, const char *folder, const char *name) {
-    char *to = join_path(folder, name), *temporary = join_path(folder, "copy.tmp"), buffer[65536];
-    FILE *in = fopen(from, "rb"), *out = create_file(temporary);
-    int failed = 0;
-    for (size_t n; in && (n = fread(buffer, 1, sizeof buffer, in)) > 0;) failed |= fwrite(buffer, 1, n, out) != n;
-    finish_file(out, temporary, failed);
-    if (!in || rename(temporary, to)) die(FAILED, "cannot copy %s to %s: %s", from, to, strerror(errno));
-    fclose(in), free(to), free(temporary);
+// Numbers of loops to validate with: --loops, or 1, S/2 and S. Training keeps memory for S_max loops, no more.
+static int validation_loops(Config c, int *loops) {
+    if (!opt.loops) {
+        int n = 0;
+        loops[n++] = 1;
+        if (c.max_loops > 3) loops[n++] = c.max_loops / 2;
+        if (c.max_loops > 1) loops[n++] = c.max_loops;
+        return n;
+    }
+    int n = parse_loops(opt.loops, loops, 16);
+    for (int i = 0; i < n; i++)
+        if (loops[i] > c.max_loops) die(USAGE, "--loops: training has memory for %d loops; use eval for more", c.max_loops);
+    return n;
+}
+
+// The model that training begins with, new or from --out, with its Progress; and --out itself.
+static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
+    Progress p = {0, opt.batch * opt.accum, opt.seed, 0};
+    char *saved = join_path(opt.out, "model.bin"), *copy = join_path(opt.out, "tokenizer.bin");
+    make_folders(opt.out);
+    if (!opt.resume) {
+        if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
+        model_build(m, c);
+        init_parameters(&m->params, c, opt.seed);
+        model_reserve(m, opt.batch, c.max_seq_len, c.max_loops, 1);
+        Part part = {tokenizer->file, tokenizer->file_size};
+        if (opt.tokenizer) write_file(copy, &part, 1);
+    } else {
+        checkpoint_recover(opt.out);
+        int step = checkpoint_load(m, opt.out);
+        if (memcmp(&m->config, &c, sizeof c)) die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt.out);
+        model_reserve(m, opt.batch, c.max_seq_len, c.max_loops, 1);
+        p = checkpoint_resume(m, opt.out, step);
+        if (p.seed != opt.seed || p.rows != opt.batch * opt.accum)
+            die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
+    }
+    free(saved), free(copy);
+    return p;
 }
 
 static void train(void) {
     static const char *const dists[] = {"uniform", "fixed", "flops"};
-    int dist = choose("loop-dist", opt.loop_dist, dists, 3), val_loops[16], num_val = 0, step = 0;
+    int dist = choose("loop-dist", opt.loop_dist, dists, 3), val_loops[16], num_val = 0;
     if (!opt.data || !opt.out) die(USAGE, "train needs --data and --out; see loopmdm train --help");
     if (!opt.tokenizer && opt.vocab < 0) die(USAGE, "train needs --tokenizer, or --vocab for the number of tokens");
     if (opt.floor > 1) die(USAGE, "--floor is a share of --lr: at most 1, not %g", opt.floor);
     Tokenizer tokenizer;
-    if (opt.tokenizer) tokenizer = tokenizer_open(opt.tokenizer);
-    if (opt.tokenizer && opt.vocab >= 0 && opt.vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt.vocab, opt.tokenizer, tokenizer.vocab_size);
+    if (opt.tokenizer) {
+        tokenizer = tokenizer_open(opt.tokenizer);
+        if (opt.vocab >= 0 && opt.vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt.vocab, opt.tokenizer, tokenizer.vocab_size);
+    }
     Config c = config_from_options(opt.tokenizer ? tokenizer.vocab_size : opt.vocab);
-    if ((double)opt.batch * opt.accum * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch %d times --accum %d rows of %d tokens are too many", opt.batch, opt.accum, c.max_seq_len);
-    int B = opt.batch, T = c.max_seq_len, rows = B * opt.accum;
+    if ((double)opt.batch * opt.accum * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch %d --accum %d are too many rows of %d tokens", opt.batch, opt.accum, c.max_seq_len);
+    int rows = opt.batch * opt.accum, T = c.max_seq_len;
     Data data = data_open(opt.data, c.vocab_size, T), val;
     if (opt.val_data) {
         val = data_open(opt.val_data, c.vocab_size, T);
-        num_val = opt.loops ? parse_loops(opt.loops, val_loops, 16) : 0;
-        for (int i = 0; i < num_val; i++)
-            if (val_loops[i] > c.max_loops) die(USAGE, "--loops: training keeps memory for %d loops; use eval for more", c.max_loops);
-        if (!opt.loops)
-            for (int S = 1; S <= c.max_loops; S = S == 1 && c.max_loops > 3 ? c.max_loops / 2 : S < c.max_loops ? c.max_loops : S + 1) val_loops[num_val++] = S;
+        num_val = validation_loops(c, val_loops);
     }
-    make_folders(opt.out);
-    char *saved = join_path(opt.out, "model.bin");
     Model m;
-    if (opt.resume) {
-        checkpoint_recover(opt.out);
-        step = checkpoint_load(&m, opt.out);
-        if (memcmp(&m.config, &c, sizeof c)) die(USAGE, "--resume: %s is a model of another shape (loopmdm info --model %s shows it); give the options that it was begun with", saved, opt.out);
-    } else {
-        if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
-        model_build(&m, c);
-        init_parameters(&m.params, c, opt.seed);
-    }
-    model_reserve(&m, B, T, c.max_loops, 1);
-    Progress progress = {0, rows, opt.seed, 0};
-    if (opt.resume) {
-        progress = checkpoint_resume(&m, opt.out, step);
-        if (progress.seed != opt.seed || progress.rows != rows)
-            die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)progress.seed, progress.rows);
-    } else if (opt.tokenizer) copy_file(opt.tokenizer, opt.out, "tokenizer.bin");
-    FILE *log = open_log(opt.out, step, val_loops, num_val);
-    printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end, c.max_loops, (long long)data.total);
-    printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n", m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
-
-    int *targets = (int *)allocate(2 * (size_t)B * T, sizeof(int), "a batch"), *x = targets + (size_t)B * T;
-    float *weights = (float *)allocate((size_t)B * T, sizeof(float), "a batch");
-    double *t = (double *)allocate(B, sizeof(double), "a batch"), began = seconds(), shown = began, loss_sum = 0;
-    int begin = step, loss_count = 0, terminal = isatty(1);
+    Progress p = train_begin(&m, c, &tokenizer);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     signal(SIGXFSZ, SIG_IGN); // a file size limit is then an error like a full disk
-    for (; step < opt.steps && !interrupted; step++) {
-        double step_began = seconds(), loss = 0, mean_t = 0;
-        size_t masked = 0;
-        int S = draw_loops(c, dist, opt.seed, step);
-        for (int first = 0; first < rows; first += B) {
-            data_batch(&data, targets, opt.seed, step, first, B, T);
-            add_noise(x, t, weights, targets, c, opt.seed, step, first, B, rows, T);
-            for (int b = 0; b < B; b++) mean_t += t[b] / rows;
-            for (int i = 0; i < B * T; i++) masked += weights[i] > 0;
-            model_forward(&m, x, B, T, S);
-            loss += model_loss(&m, targets, weights, 1);
-        }
-        AdamW adamw = {learning_rate(opt.lr, opt.floor, opt.warmup, opt.steps, step), 0.9, 0.95, 1e-8, opt.weight_decay, opt.clip};
-        double norm = gradient_norm(&m.grads);
-        if (!isfinite(loss) || !isfinite(norm)) {
-            int last = peek_step(saved, MODEL_MAGIC);
+    FILE *log = open_log(opt.out, p.step, val_loops, num_val);
+    printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end,
+           c.max_loops, (long long)data.total);
+    printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n", m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
+
+    Batch batch = batch_build(opt.batch, T);
+    double began = seconds(), shown = began, loss_sum = 0;
+    int begin = p.step, saved = opt.resume ? begin : -1, loss_count = 0;
+    while (p.step < opt.steps && !(interrupted && p.step > begin)) { // an interrupted run has done a step at least
+        double step_began = seconds();
+        Gradient g = train_gradient(&m, &data, batch, dist, opt.seed, p.step, rows, opt.batch);
+        if (!isfinite(g.loss) || !isfinite(g.norm)) {
             fflush(log);
-            if (last < 0) die(FAILED, "step %d: the loss is %g and its gradient %g; there is no checkpoint yet. Try a lower --lr", step + 1, loss, norm);
-            die(FAILED, "step %d: the loss is %g and its gradient %g; the last good checkpoint is step %d in %s. Try a lower --lr", step + 1, loss, norm, last, opt.out);
+            if (saved < 0) die(FAILED, "step %d: the loss is %g, the gradient's norm %g; there is no checkpoint yet. Try a lower --lr", p.step + 1, g.loss, g.norm);
+            die(FAILED, "step %d: the loss is %g, the gradient's norm %g; the last good checkpoint is step %d in %s. Try a lower --lr", p.step + 1, g.loss, g.norm, saved, opt.out);
         }
-        model_update(&m, adamw, norm, step + 1);
-        progress.step = step + 1;
-        progress.flops += flops_per_token(c, T, S, (double)masked / ((double)rows * T), 1) * rows * T;
-        loss_sum += loss;
+        AdamW adamw = {learning_rate(opt.lr, opt.floor, opt.warmup, opt.steps, p.step), 0.9, 0.95, 1e-8, opt.weight_decay, opt.clip};
+        model_update(&m, adamw, g.norm, ++p.step);
+        p.flops += flops_per_token(c, T, g.S, g.masked_share, 1) * rows * T;
+        loss_sum += g.loss;
         loss_count++;
-        double now = seconds(), speed = (double)rows * T / (now - step_began);
-        int last = step + 1 == opt.steps, validates = num_val && ((step + 1) % opt.val_every == 0 || last);
-        fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", step + 1, S, mean_t, loss, adamw.lr, norm, speed, progress.flops);
-        // A line each 50th of the run, with the mean loss since the line before: 1/t makes single losses noisy.
-        if (terminal || validates || (step + 1) % max_int(1, opt.steps / 50) == 0 || last) {
-            double mean_speed = (double)rows * T * (step + 1 - begin) / (now - began), left = (opt.steps - step - 1) * (double)rows * T / mean_speed;
-            int keep = !terminal || validates || last || (step + 1) % max_int(1, opt.steps / 50) == 0;
-            if (keep || now - shown > 0.2) {
-                printf("%sstep %*d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left%s", terminal ? "\r" : "", opt.steps > 9999 ? 6 : 4, step + 1, opt.steps,
-                       loss_sum / loss_count, S, norm, adamw.lr, mean_speed, (int)left / 60, (int)left % 60, keep ? "  \n" : "  ");
-                fflush(stdout);
-                shown = now;
-                if (keep) loss_sum = loss_count = 0;
-            }
+
+        double now = seconds(), per_step = (now - began) / (p.step - begin);
+        int last = p.step == opt.steps, validates = num_val && (p.step % opt.val_every == 0 || last);
+        fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * T / (now - step_began), p.flops);
+        if (validates || last || p.step == begin + 1 || now - shown > 5) { // the mean loss since the line before: 1/t makes single losses noisy
+            int left = (int)(per_step * (opt.steps - p.step));
+            printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt.steps, loss_sum / loss_count,
+                   g.S, g.norm, adamw.lr, rows * T / per_step, left / 60, left % 60);
+            shown = now;
+            loss_sum = loss_count = 0;
         }
-        if (validates) {
-            printf("validation NELBO, nats per token:");
-            for (int i = 0; i < num_val; i++) {
-                double error, nelbo = evaluate(&m, &val, val_loops[i], opt.val_rows, B, opt.seed, &error);
-                printf("  S=%d %.4f", val_loops[i], nelbo);
-                fprintf(log, ",%.6f", nelbo);
-            }
-            printf("\n");
-            fflush(stdout);
-        } else
-            for (int i = 0; i < num_val; i++) fputc(',', log);
+        if (validates) printf("validation NELBO, nats per token:");
+        for (int i = 0; i < num_val; i++) {
+            fputc(',', log);
+            if (!validates) continue;
+            double error, nelbo = evaluate(&m, &val, val_loops[i], opt.val_rows, opt.batch, opt.seed, &error);
+            printf("  S=%d %.4f%s", val_loops[i], nelbo, i + 1 == num_val ? "\n" : "");
+            fprintf(log, "%.6f", nelbo);
+        }
         fputc('\n', log);
-        if ((step + 1) % opt.save_every == 0 || last || interrupted) {
-            checkpoint_save(&m, opt.out, progress);
+        fflush(stdout);
+        if (p.step % opt.save_every == 0 || last || interrupted) {
+            checkpoint_save(&m, opt.out, p);
             if (fflush(log)) die(FAILED, "cannot write log.csv in %s: %s", opt.out, strerror(errno));
+            saved = p.step;
         }
     }
-    fclose(log), free(targets), free(weights), free(t), free(saved);
-    model_free(&m);
-    if (interrupted) {
-        printf("\nstopped after step %d; the checkpoint is in %s, --resume continues\n", step, opt.out);
+    fclose(log), batch_free(batch), model_free(&m);
+    if (interrupted && p.step < opt.steps) {
+        printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", p.step, opt.out);
         exit(130);
     }
-    printf("step %d of %d is done; the model is in %s\n", step, opt.steps, opt.out);
+    printf("step %d of %d is done; the model is in %s\n", p.step, opt.steps, opt.out);
 }
 
 static void eval(void) {
@@ -1883,14 +1933,10 @@ static void tokenize(void) {
     }
     if (!count) die(FAILED, "%s has no text", opt.input);
     int header[HEADER_INTS] = {SHARD_MAGIC, 1, (int)count};
-    char *temporary = (char *)allocate(strlen(opt.output) + 5, 1, "a path");
-    strcat(strcpy(temporary, opt.output), ".tmp");
-    FILE *out = create_file(temporary);
-    int failed = fwrite(header, sizeof header, 1, out) != 1 || fwrite(tokens, sizeof *tokens, count, out) != count;
-    finish_file(out, temporary, failed);
-    if (rename(temporary, opt.output)) die(FAILED, "cannot write %s: %s", opt.output, strerror(errno));
+    const Part parts[] = {{header, sizeof header}, {tokens, count * sizeof *tokens}};
+    write_file(opt.output, parts, 2);
     printf("%s: %d stories, %zu tokens, %.2f bytes per token\n", opt.output, stories, count, (double)size / count);
-    free(text), free(ids), free(tokens), free(temporary);
+    free(text), free(ids), free(tokens);
 }
 
 static int is_preset(const char *name) {
@@ -1947,7 +1993,6 @@ static void flops(void) {
     model_free(&m);
 }
 
-#ifndef LOOPMDM_NO_MAIN
 int main(int argc, char **argv) {
     static void (*const run[])(void) = {train, eval, sample_command, tokenize, info, flops};
     for (int i = 0; argc > 1 && i < NUM_COMMANDS; i++)
@@ -1964,4 +2009,3 @@ int main(int argc, char **argv) {
     for (int i = 0; i < NUM_COMMANDS; i++) fprintf(to, "  %-9s %.*s\n", commands[i].name, (int)strcspn(commands[i].about, "\n"), commands[i].about);
     return help ? 0 : USAGE;
 }
-#endif
