@@ -48,6 +48,7 @@ work is divided so that every sum is taken in the same order whoever computes it
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP(directive) _Pragma(#directive)
+#define WORTH(operations) ((operations) > 20000) // threads take microseconds to wake up: is there enough to do?
 #else
 #define OMP(directive)
 #endif
@@ -81,9 +82,6 @@ static double seconds(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
-
-// Threads take microseconds to wake up: is this many simple operations worth it?
-static int worth_threads(size_t operations) { return operations > 20000; }
 
 // =====================================================================================================================
 // 1. Configuration and parameters
@@ -348,7 +346,7 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
     int a_panels = (M + MR - 1) / MR;
     float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
     float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * min_int(K, KC));
-    OMP(omp parallel if (!omp_in_parallel() && worth_threads((size_t)M * N * K / 16)))
+    OMP(omp parallel if (!omp_in_parallel() && WORTH((size_t)M * N * K / 16)))
     for (int n0 = 0; n0 < N; n0 += NC) {
         int n = min_int(NC, N - n0);
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -383,7 +381,7 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
     gemm(OC, C, M, dout, 1, OC, inp, C, 1, dweight, C, NULL, 1);
     if (!dbias) return;
     enum { COLUMNS = 64 };
-    OMP(omp parallel for if (worth_threads((size_t)M * OC)))
+    OMP(omp parallel for if (WORTH((size_t)M * OC)))
     for (int j0 = 0; j0 < OC; j0 += COLUMNS) { // threads own columns, so that each sum has one order
         int n = min_int(COLUMNS, OC - j0);
         float sum[COLUMNS] = {0};
@@ -397,14 +395,14 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
 
 // out (B,T,C) = wte[x] + wpe[position]; x (B,T), wte (Vp,C), wpe (max_seq_len,C)
 static void encoder_forward(float *out, const int *x, const float *wte, const float *wpe, int B, int T, int C) {
-    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
+    OMP(omp parallel for if (WORTH((size_t)B * T * C)))
     for (int i = 0; i < B * T; i++)
         for (int c = 0; c < C; c++) out[(size_t)i * C + c] = wte[(size_t)x[i] * C + c] + wpe[(size_t)(i % T) * C + c];
 }
 
 static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int *x, int B, int T, int C) {
     enum { COLUMNS = 16 };
-    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
+    OMP(omp parallel for if (WORTH((size_t)B * T * C)))
     for (int c0 = 0; c0 < C; c0 += COLUMNS) // many positions add to one row of wte: threads own columns
         for (int i = 0; i < B * T; i++)
             for (int c = c0; c < min_int(c0 + COLUMNS, C); c++) {
@@ -417,7 +415,7 @@ static void encoder_backward(float *dwte, float *dwpe, const float *dout, const 
 
 // out (M,C) = (inp - mean) rstd weight + bias, for each row of inp (M,C); keeps mean (M) and rstd (M)
 static void layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *weight, const float *bias, int M, int C) {
-    OMP(omp parallel for if (worth_threads((size_t)M * C)))
+    OMP(omp parallel for if (WORTH((size_t)M * C)))
     for (int i = 0; i < M; i++) {
         const float *x = inp + (size_t)i * C;
         float *y = out + (size_t)i * C, sum = 0, squares = 0;
@@ -437,7 +435,7 @@ static void layernorm_forward(float *out, float *mean, float *rstd, const float 
 // With xhat = (inp - mean) rstd and g = dout weight:  dinp += rstd (g - mean(g) - xhat mean(g xhat))
 static void layernorm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight,
                                const float *mean, const float *rstd, int M, int C) {
-    OMP(omp parallel for if (worth_threads((size_t)M * C)))
+    OMP(omp parallel for if (WORTH((size_t)M * C)))
     for (int i = 0; i < M; i++) {
         const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
         float *dx = dinp + (size_t)i * C, m = mean[i], s = rstd[i], g = 0, gx = 0;
@@ -451,7 +449,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
         for (int c = 0; c < C; c++) dx[c] += s * (dy[c] * weight[c] - g - (x[c] - m) * s * gx);
     }
     enum { COLUMNS = 64 };
-    OMP(omp parallel for if (worth_threads((size_t)M * C)))
+    OMP(omp parallel for if (WORTH((size_t)M * C)))
     for (int c0 = 0; c0 < C; c0 += COLUMNS) {
         int n = min_int(COLUMNS, C - c0);
         float dw[COLUMNS] = {0}, db[COLUMNS] = {0};
@@ -476,7 +474,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
 // a query and a key see only their distance. cosine, sine (T,D/2). sign -1 turns back.
 static void rope_rotate(float *qkv, const float *cosine, const float *sine, float sign, int B, int T, int C, int NH) {
     int D = C / NH, half = D / 2;
-    OMP(omp parallel for if (worth_threads((size_t)B * T * C)))
+    OMP(omp parallel for if (WORTH((size_t)B * T * C)))
     for (int i = 0; i < B * T; i++) {
         const float *cs = cosine + (size_t)(i % T) * half, *sn = sine + (size_t)(i % T) * half;
         for (int h = 0; h < 2 * NH; h++) { // heads of q, then of k
@@ -514,6 +512,17 @@ static inline float exp_fast(float x) {
     return series * power.f;
 }
 
+// The largest of x (n), in 16 lanes that compilers turn into vectors.
+static inline float largest_of(const float *x, int n) {
+    float lane[16], largest = x[0];
+    for (int l = 0; l < 16; l++) lane[l] = x[0];
+    for (int j = 0; j + 16 <= n; j += 16)
+        for (int l = 0; l < 16; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
+    for (int l = 0; l < 16; l++) largest = lane[l] > largest ? lane[l] : largest;
+    for (int j = n & ~15; j < n; j++) largest = x[j] > largest ? x[j] : largest;
+    return largest;
+}
+
 enum { ATTN_TILE = 64 }; // queries at a time: the scores of a tile are (ATTN_TILE, T), and T x T is never stored
 
 // Bidirectional: every position attends to every other. For each head, with scale = 1/sqrt(D):
@@ -522,7 +531,7 @@ enum { ATTN_TILE = 64 }; // queries at a time: the scores of a tile are (ATTN_TI
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
     float scale = 1 / sqrtf(D);
-    OMP(omp parallel for schedule(dynamic) if (worth_threads((size_t)B * T * T * C)))
+    OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
@@ -532,9 +541,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
             int n = min_int(ATTN_TILE, T - t0);
             gemm(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, k, 1, 3 * C, probs, T, NULL, 0);
             for (int i = 0; i < n; i++) {
-                float *p = probs + (size_t)i * T, largest = p[0], sum = 0;
-                OMP(omp simd reduction(max : largest))
-                for (int j = 0; j < T; j++) largest = p[j] > largest ? p[j] : largest;
+                float *p = probs + (size_t)i * T, largest = largest_of(p, T), sum = 0;
                 OMP(omp simd reduction(+ : sum))
                 for (int j = 0; j < T; j++) sum += p[j] = exp_fast(scale * (p[j] - largest));
                 for (int j = 0; j < T; j++) p[j] /= sum;
@@ -550,7 +557,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
     float scale = 1 / sqrtf(D);
-    OMP(omp parallel for schedule(dynamic) if (worth_threads((size_t)B * T * T * C)))
+    OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
@@ -583,7 +590,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
 
 static void gelu_forward(float *out, const float *inp, size_t n) {
-    OMP(omp parallel for simd if (parallel : worth_threads(4 * n)))
+    OMP(omp parallel for simd if (parallel : WORTH(4 * n)))
     for (size_t i = 0; i < n; i++) {
         float x = inp[i];
         out[i] = x / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
@@ -591,7 +598,7 @@ static void gelu_forward(float *out, const float *inp, size_t n) {
 }
 
 static void gelu_backward(float *dinp, const float *inp, const float *dout, size_t n) { // dinp may be dout
-    OMP(omp parallel for simd if (parallel : worth_threads(4 * n)))
+    OMP(omp parallel for simd if (parallel : WORTH(4 * n)))
     for (size_t i = 0; i < n; i++) {
         float x = inp[i], s = 1 / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
         dinp[i] = dout[i] * (s + x * s * (1 - s) * GELU_SCALE * (1 + 3 * 0.044715f * x * x));
@@ -601,7 +608,7 @@ static void gelu_backward(float *dinp, const float *inp, const float *dout, size
 // ---- residual connection: its backward is that both inputs get the gradient of the sum ----
 
 static void residual_forward(float *out, const float *a, const float *b, size_t n) {
-    OMP(omp parallel for simd if (parallel : worth_threads(n)))
+    OMP(omp parallel for simd if (parallel : WORTH(n)))
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
@@ -609,13 +616,13 @@ static void residual_forward(float *out, const float *a, const float *b, size_t 
 
 // out (R,C) = inp (BT,C) at rows (R)
 static void gather_forward(float *out, const float *inp, const int *rows, int R, int C) {
-    OMP(omp parallel for if (worth_threads((size_t)R * C)))
+    OMP(omp parallel for if (WORTH((size_t)R * C)))
     for (int r = 0; r < R; r++) memcpy(out + (size_t)r * C, inp + (size_t)rows[r] * C, C * sizeof(float));
 }
 
 // dinp (BT,C) at rows (R) = dout (R,C)
 static void gather_backward(float *dinp, const float *dout, const int *rows, int R, int C) {
-    OMP(omp parallel for if (worth_threads((size_t)R * C)))
+    OMP(omp parallel for if (WORTH((size_t)R * C)))
     for (int r = 0; r < R; r++) memcpy(dinp + (size_t)rows[r] * C, dout + (size_t)r * C, C * sizeof(float));
 }
 
@@ -624,11 +631,9 @@ static void gather_backward(float *dinp, const float *dout, const int *rows, int
 // logits (R,V) -> probabilities (R,V) in their place; losses (R) = -log p[target]. targets (BT) are looked up at rows (R).
 // MASK is no column: it is never a candidate.
 static void crossentropy_forward(float *losses, float *logits, const int *targets, const int *rows, int R, int V) {
-    OMP(omp parallel for if (worth_threads((size_t)R * V)))
+    OMP(omp parallel for if (WORTH((size_t)R * V)))
     for (int r = 0; r < R; r++) {
-        float *p = logits + (size_t)r * V, largest = p[0], sum = 0, target = p[targets[rows[r]]];
-        OMP(omp simd reduction(max : largest))
-        for (int v = 0; v < V; v++) largest = p[v] > largest ? p[v] : largest;
+        float *p = logits + (size_t)r * V, largest = largest_of(p, V), sum = 0, target = p[targets[rows[r]]];
         OMP(omp simd reduction(+ : sum))
         for (int v = 0; v < V; v++) sum += p[v] = exp_fast(p[v] - largest);
         losses[r] = largest - target + logf(sum);
@@ -638,7 +643,7 @@ static void crossentropy_forward(float *losses, float *logits, const int *target
 
 // probabilities (R,V) -> dlogits (R,V) in their place, for the loss sum(weights * losses); weights (BT)
 static void crossentropy_backward(float *probs, const float *weights, const int *targets, const int *rows, int R, int V) {
-    OMP(omp parallel for if (worth_threads((size_t)R * V)))
+    OMP(omp parallel for if (WORTH((size_t)R * V)))
     for (int r = 0; r < R; r++) {
         float *d = probs + (size_t)r * V, weight = weights[rows[r]];
         d[targets[rows[r]]] -= 1;
@@ -855,7 +860,7 @@ static double gradient_norm(const Tensors *grads) {
     double sum = 0;
     int blocks = (int)((grads->total + BLOCK - 1) / BLOCK);
     double *squares = (double *)allocate(blocks, sizeof(double), "the gradient norm");
-    OMP(omp parallel for if (worth_threads(grads->total)))
+    OMP(omp parallel for if (WORTH(grads->total)))
     for (int b = 0; b < blocks; b++) {
         size_t begin = (size_t)b * BLOCK, end = begin + BLOCK < grads->total ? begin + BLOCK : grads->total;
         double s = 0;
@@ -878,7 +883,7 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
         float *p = m->params.tensor[t], *grad = m->grads.tensor[t], *m1 = m->moment1.tensor[t], *m2 = m->moment2.tensor[t];
-        OMP(omp parallel for simd if (parallel : worth_threads(m->params.size[t])))
+        OMP(omp parallel for simd if (parallel : WORTH(m->params.size[t])))
         for (size_t i = 0; i < m->params.size[t]; i++) {
             float g = scale * grad[i];
             m1[i] = b1 * m1[i] + (1 - b1) * g;
@@ -1405,7 +1410,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
         for (int r0 = 0; r0 < n; r0 += m->head_rows) {
             int R = min_int(m->head_rows, n - r0), V = m->config.vocab_size;
             head_forward(m, candidates + r0, R);
-            OMP(omp parallel for if (worth_threads((size_t)R * V)))
+            OMP(omp parallel for if (WORTH((size_t)R * V)))
             for (int r = 0; r < R; r++) {
                 int i = candidates[r0 + r];
                 double u = random_uniform(o.seed, STREAM_TOKEN, step, (uint64_t)first_row * T + i);
@@ -1463,7 +1468,7 @@ static struct {
 static const struct { const char *name; int commands; char type; void *value; double least; const char *argument, *help; } options[] = {
     {"data", TRAIN | EVAL, 's', &opt.data, 0, "FILES", "token shards: a file, or a quoted pattern such as 'train_*.bin'"},
     {"val-data", TRAIN, 's', &opt.val_data, 0, "FILES", "held-out token shards: their NELBO is printed and logged"},
-    {"tokenizer", TRAIN | TOKENIZE | EVAL | SAMPLE, 's', &opt.tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
+    {"tokenizer", TRAIN | TOKENIZE | SAMPLE, 's', &opt.tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
     {"model", TRAIN, 's', &opt.model, 0, "PRESET", "d2, nano, d6 or d12; the next options change it (default nano)"},
     {"model", EVAL | SAMPLE, 's', &opt.model, 0, "FOLDER", "what train wrote into --out"},
     {"model", INFO | FLOPS, 's', &opt.model, 0, "MODEL", "a trained model's folder, or a preset: d2, nano, d6, d12 (default nano)"},
@@ -1968,8 +1973,7 @@ static void info(void) {
     printf("\ntensor     shape                 parameters\n");
     for (int i = 0; i < NUM_TENSORS; i++) {
         char shape[64];
-        if (s[i].in) snprintf(shape, sizeof shape, s[i].copies > 1 ? "(%d,%d,%d)" : "(%.0d%d,%d)", s[i].copies > 1 ? s[i].copies : 0, s[i].out, s[i].in);
-        else snprintf(shape, sizeof shape, "(%d,%d)", s[i].copies, s[i].out);
+        snprintf(shape, sizeof shape, s[i].in ? "%d x (%d,%d)" : "%d x (%d)", s[i].copies, s[i].out, s[i].in);
         printf("%-10s %-20s %11zu\n", s[i].name, shape, m.params.size[i]);
     }
     printf("%-31s %11zu\n\n", "total", m.params.total);
