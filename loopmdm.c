@@ -197,19 +197,23 @@ static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t ste
     return (double)(random_bits(seed, stream, step, index) >> 11) * 0x1p-53;
 }
 
-// Matrices start uniform with standard deviation 0.8/sqrt(C), wte with 0.02; uniform rather than normal, because it
-// takes no transcendental function and so comes out the same everywhere. wpe starts at zero: text is learned with the
-// rotary positions, and random learned ones only hide the words (README, "What we found"). The padding rows of wte
-// stay zero.
+// Matrices start with standard deviation 0.8/sqrt(C), wte with 0.02, the biases of q and k with 1, all else at zero (gains at
+// one). Uniform rather than normal: that takes no transcendental function and so comes out the same everywhere.
+// A masked model must first learn to look at its neighbours, and until then it knows no more than how frequent each token is.
+// Rotary positions turn a bias of q and k into a preference for certain distances: heads that begin with one, each with its
+// own, get off that plateau sooner (README, "What we found"). wpe starts at zero so as not to hide the words.
 static void init_parameters(Tensors *params, Config c, uint64_t seed) {
     Shape s[NUM_TENSORS];
     tensor_shapes(c, s);
     for (int i = 0; i < NUM_TENSORS; i++) {
         int is_gain = i == LN1W || i == LN2W || i == LNFW;
-        double std = i == WTE ? 0.02 : s[i].in && i != WPE ? 0.8 / sqrt(c.channels) : 0;
-        size_t used = i == WTE ? (size_t)(c.vocab_size + 1) * c.channels : params->size[i];
-        for (size_t j = 0; j < used; j++)
-            params->tensor[i][j] = is_gain ? 1.0f : (float)(std * sqrt(12.0) * (random_uniform(seed, STREAM_INIT, i, j) - 0.5));
+        double std = i == WTE ? 0.02 : i == WPE ? 0 : i == QKVB ? 1 : s[i].in ? 0.8 / sqrt(c.channels) : 0;
+        for (size_t j = 0; j < params->size[i]; j++) {
+            int unused = i == WTE && j >= (size_t)(c.vocab_size + 1) * c.channels; // padding rows
+            int of_v = i == QKVB && j % (3 * c.channels) >= 2 * (size_t)c.channels;
+            double u = random_uniform(seed, STREAM_INIT, i, j) - 0.5;
+            params->tensor[i][j] = is_gain ? 1 : unused || of_v ? 0 : (float)(std * sqrt(12.0) * u);
+        }
     }
 }
 
@@ -343,7 +347,7 @@ static inline void gemm_micro(int k, const float *a, const float *b, float *c, s
 // c (M,N), rows ldc apart, = or += a b + bias; element (i,p) of a is a[i*a_row + p*a_col], likewise b; bias may be NULL
 static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
                  float *c, size_t ldc, const float *bias, int accumulate) {
-    int a_panels = (M + MR - 1) / MR;
+    int a_panels = (M + MR - 1) / MR, tile = min_int(MC, (a_panels + 7) / 8 * MR); // at least 8 tiles to share, where there are rows
     float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
     float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * min_int(K, KC));
     OMP(omp parallel if (!omp_in_parallel() && WORTH((size_t)M * N * K / 16)))
@@ -358,10 +362,10 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
             for (int j = 0; j < n; j += NR)
                 gemm_pack(b_packed + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row, min_int(NR, n - j), k, NR);
             OMP(omp for collapse(2) schedule(dynamic))
-            for (int tile_i = 0; tile_i < M; tile_i += MC)
+            for (int tile_i = 0; tile_i < M; tile_i += tile)
                 for (int tile_j = 0; tile_j < n; tile_j += NT)
                     for (int j = tile_j; j < min_int(tile_j + NT, n); j += NR)
-                        for (int i = tile_i; i < min_int(tile_i + MC, M); i += MR)
+                        for (int i = tile_i; i < min_int(tile_i + tile, M); i += MR)
                             gemm_micro(k, a_packed + (size_t)i * k, b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc,
                                        min_int(MR, M - i), min_int(NR, n - j), bias && first ? bias + n0 + j : NULL, accumulate || !first);
         }
@@ -380,7 +384,7 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
     gemm(M, C, OC, dout, OC, 1, weight, C, 1, dinp, C, NULL, 0);
     gemm(OC, C, M, dout, 1, OC, inp, C, 1, dweight, C, NULL, 1);
     if (!dbias) return;
-    enum { COLUMNS = 64 };
+    enum { COLUMNS = 32 };
     OMP(omp parallel for if (WORTH((size_t)M * OC)))
     for (int j0 = 0; j0 < OC; j0 += COLUMNS) { // threads own columns, so that each sum has one order
         int n = min_int(COLUMNS, OC - j0);
@@ -448,7 +452,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
         gx /= C;
         for (int c = 0; c < C; c++) dx[c] += s * (dy[c] * weight[c] - g - (x[c] - m) * s * gx);
     }
-    enum { COLUMNS = 64 };
+    enum { COLUMNS = 32 };
     OMP(omp parallel for if (WORTH((size_t)M * C)))
     for (int c0 = 0; c0 < C; c0 += COLUMNS) {
         int n = min_int(COLUMNS, C - c0);
@@ -502,7 +506,8 @@ static void rope_backward(float *dqkv, const float *cosine, const float *sine, i
 // x = n ln2 + r, |r| <= ln2/2, it is 2^n times the Taylor series of e^r, whose remainder after r^7 is below 6e-9.
 // Below -87 it stays at 1.6e-38, above 88 at 1.7e38; NaN stays NaN.
 static inline float exp_fast(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
     union { float f; uint32_t u; } n, power;
     n.f = x * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits
     float whole = n.f - 12582912.0f;

@@ -120,11 +120,13 @@ def init_parameters(c, seed):
         if name in ("ln1w", "ln2w", "lnfw"):
             params[name] = torch.ones(shape)
             continue
-        std = 0.02 if name == "wte" else 0.8 / math.sqrt(c.channels) if is_matrix(name) and name != "wpe" else 0.0
+        std = {"wte": 0.02, "wpe": 0.0, "qkvb": 1.0}.get(name, 0.8 / math.sqrt(c.channels) if is_matrix(name) else 0.0)
         values = std * math.sqrt(12.0) * (random_uniform(seed, STREAM_INIT, i, np.arange(math.prod(shape))) - 0.5)
         params[name] = torch.from_numpy(values.astype(np.float32).reshape(shape))
         if name == "wte":
             params[name][c.vocab_size + 1:] = 0  # padding rows
+        if name == "qkvb":
+            params[name][:, 2 * c.channels:] = 0  # q and k only: heads begin with a taste for certain distances
     return params
 
 

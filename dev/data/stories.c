@@ -47,15 +47,15 @@
 // The stories. Keep the words few: each new one is one more for the model to learn.
 
 static const struct { const char *slot, *boy, *girl; } cast[] = {
-    {"name", "Tom|Ben|Sam|Max|Tim|Jack|Leo|Dan|Bob|Joe",
-             "Anna|Lily|Mia|Sue|Lucy|Emma|Amy|Zoe|Kate|Jane"},
+    {"name", "Tom|Ben|Sam|Max|Tim|Jack",
+             "Anna|Lily|Mia|Sue|Lucy|Kate"},
     {"he", "he", "she"},
     {"him", "him", "her"},
     {"his", "his", "her"},
 };
 
 static const char *const common[] = {
-    "look = red|blue|green|yellow|pink|purple|orange", // a colour, unless the plot says
+    "look = red|blue|green|yellow|pink|orange", // a colour, unless the plot says
     "pet = cat|dog|rabbit|mouse",
     "parent = mom|dad",
     "place = park|garden|woods|field",
@@ -102,18 +102,6 @@ static const char *const plots[][16] = {
         "\"Thank you, {Parent}! I will not run in the {place} again,\" said {name}.|"
         "{name} gave {his} {parent} a hug and did not run in the {place} again.",
     },
-    { // afraid and brave
-        "look = black|white|brown|gray",
-        "{name} had {a look} {pet}[| and loved it very much].|"
-        "{name} and {his} {look} {pet} were good friends.",
-        "One [|dark |cold ]night, {he} was in bed and heard a [|loud ]sound {spot}.",
-        "{He} was [very afraid|afraid and wanted {his} {parent}|too afraid to sleep].",
-        "\nBut {name} wanted to be brave.|\"I can be brave,\" said {name}.",
-        "{He} got up[| and took a light] to look {spot}.",
-        "It was only the {look} {pet}!|And there was {his} {look} {pet}!",
-        "\"You can sleep with me,\" said {name}, and they went to bed.|"
-        "{name} laughed and took the {pet} to bed[|. {He} was not afraid any more].",
-    },
     { // a gift
         "thing = kite|hat|boat|doll|bag",
         "{name} wanted to make [a gift|something] for {name2}[|, a good friend].",
@@ -135,16 +123,6 @@ static const char *const plots[][16] = {
         "The {pet} went up the tree and came [back|down] with the {look} {thing}.",
         "\"Thank you[|, little {pet}]!\" said {name}[|, and they played in the {place}].",
     },
-    { // a hurt animal
-        "pet = bird|duck|rabbit|cat",
-        "One [|cold |sunny ][day|morning], {name} [found|saw] a little {pet} in the {place}.",
-        "[Its leg was hurt, and it|It had a bad leg and] could not walk.",
-        "{name} took it home and [put it|made a bed for it] in {a look} box.",
-        "Every day, {he} gave [it|the {pet}] [food and water|something to eat|some food].",
-        "\n[Soon|Then one day,] the {pet} was well again and jumped out of [the|its] {look} box.",
-        "{name} took it back to the {place}.",
-        "\"Go home, little {pet}!\" {he} said[| with a smile].",
-    },
     { // rain
         "thing = house|boat|train|car",
         "[One morning, |]{name} and {name2} [wanted|went out] to play in the {place}.",
@@ -155,42 +133,6 @@ static const char *const plots[][16] = {
         "[So they made|They worked, and soon they had] {a look} {thing}.",
         "When the sun came out, they took it to the {place}.|"
         "They were happy and played in it all day.",
-    },
-    { // a tower
-        "thing = table|chair|door|bed",
-        "pet = dog|cat|rabbit|duck",
-        "{name} and {name2} made a tower with {look} blocks.|"
-        "{name} had some {look} blocks and made a tower with {name2}.",
-        "Soon it was as tall as the {thing}.",
-        "Then the {pet} [ran by and hit|jumped on] the tower, and it fell down.",
-        "\"Bad {pet}!\" said {name}.|{name} was very mad[| at the {pet}].",
-        "\n\"[Do not be mad|It is only a game],\" said {name2}. "
-        "\"We can [make|have] a new tower.\"",
-        "So they made one with the {look} blocks, [as tall as the {thing}|"
-        "and the {pet} sat by and looked|and this time the {pet} only looked].",
-    },
-    { // hide and seek
-        "pet = cat|dog|rabbit|duck",
-        "[One day, |One morning, |]{name} and {name2} played hide and seek with the {pet}.",
-        "\"[One, two, three, go|Go and hide]!\" said {name}.",
-        "{name2} hid {spot}, and the {pet} hid {spot2}.|"
-        "The {pet} ran to hide {spot2}, and {name2} hid {spot}.",
-        "{name} [looked|ran to look] {spot2} and [found|saw] the {pet}.",
-        "\nBut where was {name2}?|But {he} could not find {name2}.",
-        "Then {he} [|heard a sound and ]looked {spot}.",
-        "\"I see you!\" said {name}, and {name2} [came out|laughed].|"
-        "\"You found me!\" said {name2}. \"Now you can hide.\"",
-    },
-    { // a seed
-        "place = garden|yard|park|field",
-        "[One day, |One morning, |]{name} [had|got] a [|little ]seed for {a look} flower.",
-        "{He} [ran|went] to the {place} and put it in the ground.",
-        "Every day, {he} gave it [|some ]water[| and looked at it].",
-        "But nothing came up[| for a long time], and {name} was [|very ]sad.",
-        "\n\"[You have to wait|Do not be sad. It will come],\" said {his} {parent}.",
-        "Then one [|sunny |warm ][morning|day], there was {a look} flower in the {place}!",
-        "{name} was happy and gave [it|the {look} flower] to {his} {parent}.|"
-        "\"Look, {Parent}!\" said {name}. \"My [|{look} ]flower!\"",
     },
     { // a hungry animal
         "look = black|white|brown|gray",
@@ -205,17 +147,6 @@ static const char *const plots[][16] = {
         "The next day, the {pet} came back to the {place} to play with {name}.|"
         "From that day, {name} and the {look} {pet} were [|good ]friends.",
     },
-    { // a race
-        "goal = the big tree|the old house|the lake|the garden|the park",
-        "[One day, |One morning, |]{name} and {name2} [had|ran] a race to {goal}.",
-        "\"[One, two, three, go|Go]!\" said {name2}[|, and they ran].",
-        "{name} [was very fast|ran so fast] and wanted to win.",
-        "Then {name2} fell down and hurt {his2} leg.|"
-        "Then {name2} fell. \"Oh no! My leg!\" {he2} said.",
-        "\n{name} [heard {him2}|did not want to win any more], so {he} stopped and ran back.",
-        "{He} [took {his2} hand|helped {him2} up], and they [|both ][walked|went] to {goal}.",
-        "\"[We both win|You are a good friend]!\" said {name2}[| with a smile].",
-    },
     { // mud
         "look = white|black|gray",
         "pet = dog|cat|rabbit|pig|goat|duck",
@@ -227,16 +158,6 @@ static const char *const plots[][16] = {
         "[Soon|Then] it was {a look} {pet} again, and {name} was wet, too.",
         "But the {pet} looked at the {place} and wanted to go back!|"
         "\"[Stay out of|Do not play in] the mud!\" said {name}.",
-    },
-    { // a sick friend
-        "thing = book|flower|doll|hat|balloon",
-        "{name} and {name2} played in the {place} every day.",
-        "But one [day|morning], {name2} was [sick|not well] and had to stay in bed.",
-        "So {name} [went|ran] to {his2} house with {a look} {thing}.",
-        "\n\"[This {thing} is for you|Look what I have for you],\" {he} said.",
-        "{name2} saw the {look} {thing} and was very happy.|"
-        "\"It is {look}! Thank you!\" said {name2}[| with a big smile].",
-        "[The next day,|Soon] {he2} was well again, and they [played in|went back to] the {place}.",
     },
 };
 
