@@ -35,7 +35,7 @@ build/stories_%.bin: build/stories loopmdm $(TOKENIZER)
 	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),40000,1000) --output build/stories_$*.txt
 	./loopmdm tokenize --tokenizer $(TOKENIZER) --input build/stories_$*.txt --output $@
 
-TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 8 --steps 3000 --lr 4e-3 --clip 0.5
+TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 9000 --lr 3e-3 --warmup 300 --clip 0.5 --weight-decay 0.01 --val-every 3000 --save-every 1000
 train: loopmdm $(STORIES)
 	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run $(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
 	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8

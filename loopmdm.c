@@ -314,15 +314,16 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
     }
 }
 
-// c (m,n) = or += a (MR,k) b (k,NR) + bias (n), of packed a and b; m and n are less than MR and NR at the edges
-static inline void gemm_micro(int k, const float *a, const float *b, float *c, size_t ldc, int m, int n, const float *bias, int accumulate) {
+// c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR
+static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
+                              const float *bias, int accumulate) {
     vec sum[MR][2];
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
-    for (int p = 0; p < k; p++, a += MR, b += NR) {
+    for (int p = 0; p < k; p++, a += a_col, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VECTOR);
         for (int i = 0; i < MR; i++) {
-            sum[i][0] += a[i] * b0;
-            sum[i][1] += a[i] * b1;
+            sum[i][0] += a[i * a_row] * b0;
+            sum[i][1] += a[i * a_row] * b1;
         }
     }
     for (int i = 0; i < m; i++) {
@@ -348,6 +349,7 @@ static inline void gemm_micro(int k, const float *a, const float *b, float *c, s
 static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
                  float *c, size_t ldc, const float *bias, int accumulate) {
     int a_panels = (M + MR - 1) / MR, tile = min_int(MC, (a_panels + 7) / 8 * MR); // at least 8 tiles to share, where there are rows
+    int in_place = a_col == 1 && N <= 512 ? M / MR : 0; // panels of A read where they are: packing pays if many columns use them
     float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
     float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * min_int(K, KC));
     OMP(omp parallel if (!omp_in_parallel() && WORTH((size_t)M * N * K / 16)))
@@ -356,7 +358,7 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
         for (int k0 = 0; k0 < K; k0 += KC) {
             int k = min_int(KC, K - k0), first = k0 == 0;
             OMP(omp for nowait)
-            for (int i = 0; i < a_panels; i++)
+            for (int i = in_place; i < a_panels; i++)
                 gemm_pack(a_packed + (size_t)i * MR * k, a + i * MR * a_row + k0 * a_col, a_row, a_col, min_int(MR, M - i * MR), k, MR);
             OMP(omp for)
             for (int j = 0; j < n; j += NR)
@@ -365,9 +367,12 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
             for (int tile_i = 0; tile_i < M; tile_i += tile)
                 for (int tile_j = 0; tile_j < n; tile_j += NT)
                     for (int j = tile_j; j < min_int(tile_j + NT, n); j += NR)
-                        for (int i = tile_i; i < min_int(tile_i + tile, M); i += MR)
-                            gemm_micro(k, a_packed + (size_t)i * k, b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc,
-                                       min_int(MR, M - i), min_int(NR, n - j), bias && first ? bias + n0 + j : NULL, accumulate || !first);
+                        for (int i = tile_i; i < min_int(tile_i + tile, M); i += MR) {
+                            int packed = i / MR >= in_place;
+                            gemm_micro(k, packed ? a_packed + (size_t)i * k : a + i * a_row + k0, packed ? 1 : a_row, packed ? MR : 1,
+                                       b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc, min_int(MR, M - i), min_int(NR, n - j),
+                                       bias && first ? bias + n0 + j : NULL, accumulate || !first);
+                        }
         }
     }
 }
