@@ -100,7 +100,9 @@ typedef struct {
     int max_loops;    // S_max in training; inference may use more
 } Config;
 
-// A pass is one application of a layer. Everything is indexed by pass: activations, gradients, FLOPs.
+static int padded(int vocab_size) { return (vocab_size < 65536 ? vocab_size + 64 : 64) / 64 * 64; }
+
+// A pass is one application of a layer. Forward, backward, activations and FLOPs are all indexed by pass.
 static int num_passes(Config c, int S) { return c.loop_start + S * (c.loop_end - c.loop_start) + c.layers - c.loop_end; }
 
 // The layer whose weights pass p uses. This function is the whole difference between LoopMDM and an ordinary MDM.
@@ -119,6 +121,7 @@ static const char *config_error(Config c) {
     if (c.channels / c.heads % 2) return "channels / heads must be even: rotary positions turn pairs of channels";
     if (c.max_seq_len < 1 || c.max_seq_len > 65536) return "the sequence length must be 1 to 65536";
     if (c.vocab_size < 1 || c.vocab_size > 65535) return "the vocabulary must have 1 to 65535 tokens";
+    if (c.padded_vocab != padded(c.vocab_size)) return "the padded vocabulary must be a multiple of 64 with room for MASK";
     if (c.loop_start < 0 || c.loop_end < c.loop_start || c.loop_end > c.layers) return "the loop a:b needs 0 <= a <= b <= layers";
     if (c.max_loops < 1 || c.max_loops > 1024) return "max loops must be 1 to 1024";
     return NULL;
@@ -217,7 +220,7 @@ static void init_parameters(Tensors *params, Config c, uint64_t seed) {
     }
 }
 
-// Noise for B rows of a step's total_rows, beginning at first_row. Each row gets a t in (eps, 1], stratified over the
+// Noise for B rows of a step's total_rows, beginning at first_row. Each row gets a t in [eps, 1), stratified over the
 // step's rows (Kingma et al. 2021) so that one step sees all noise levels evenly; each of its tokens becomes MASK with
 // probability t (the linear schedule alpha_t = 1-t).
 //   targets (B,T) -> x (B,T) with MASK, t (B), weights (B,T): 1/(t rows T) where masked, else 0.
@@ -228,7 +231,8 @@ static void add_noise(int *x, double *t, float *weights, const int *targets, Con
     double u = random_uniform(seed, STREAM_TIME, step, 0);
     for (int b = 0; b < B; b++) {
         double strat = u + (double)(first_row + b) / total_rows;
-        t[b] = eps + (1 - eps) * (strat - floor(strat));
+        volatile double scaled = (1 - eps) * (strat - floor(strat)); // volatile: a fused multiply-add would round t differently
+        t[b] = eps + scaled;
         for (int i = b * T; i < (b + 1) * T; i++) {
             int masked = random_uniform(seed, STREAM_MASK, step, (uint64_t)first_row * T + i) < t[b];
             x[i] = masked ? c.vocab_size : targets[i];
@@ -820,7 +824,7 @@ static void head_forward(Model *m, const int *rows, int R) {
     matmul_forward(m->logits, m->lnf, w[WTE], NULL, R, C, m->config.vocab_size);
 }
 
-// m->logits holds dlogits (R,V) -> m->dres at these rows, which must be zero before
+// m->logits holds dlogits (R,V) -> m->dres at these rows; m->datty serves as a buffer
 static void head_backward(Model *m, const int *rows, int R) {
     int C = m->config.channels;
     float **w = m->params.tensor, **g = m->grads.tensor;
@@ -857,7 +861,7 @@ static double model_loss(Model *m, const int *targets, const float *weights, int
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } AdamW;
 
-// Linear warmup, then a cosine from lr down to floor * lr at the last step. step counts from 0.
+// Linear warmup, then a cosine from lr towards floor * lr, which it would reach at step number steps. step counts from 0.
 static double learning_rate(double lr, double floor, int warmup, int steps, int step) {
     if (step < warmup) return lr * (step + 1) / warmup;
     double done = (double)(step - warmup) / max_int(1, steps - warmup);
@@ -1149,11 +1153,11 @@ static size_t tokenizer_encode(const Tokenizer *t, int *ids, const char *text, s
 //
 // model.bin: int32[256] header, then the parameters in the order of tensor_shapes(). optimizer.bin beside it: header, both
 // moments. A CRC-32 of the whole file (taken with 0 in its place) tells a damaged one. Both are written to *.tmp, flushed to
-// disk, and only then renamed: optimizer first. Whenever the power goes, the files on disk are an old pair, a new pair, or a
-// new optimizer.bin with its model still in model.bin.tmp, which
-// checkpoint_recover() completes.
+// disk, and only then renamed: optimizer first. Whenever the program is stopped, the files are an old pair, a new pair, or a new
+// optimizer.bin with its model still in model.bin.tmp, which checkpoint_recover() completes.
 
-enum { FILE_VERSION = 1, HEADER_STEP = 11, HEADER_CRC = 12 }; // places in both headers
+// Places in the headers: of both files, and of optimizer.bin (seed and FLOPs take two each).
+enum { FILE_VERSION = 1, HEADER_STEP = 11, HEADER_CRC = 12, HEADER_ROWS = 2, HEADER_SEED = 4, HEADER_FLOPS = 6 };
 
 typedef struct { // what resuming needs besides parameters and moments
     int step, rows;  // steps done; rows in a step
@@ -1196,8 +1200,11 @@ static void write_temporary(const char *path, const Part *parts, int n) {
     for (int i = 0; i < n && !failed; i++) failed = fwrite(parts[i].data, 1, parts[i].bytes, file) != parts[i].bytes;
     failed = failed || fflush(file) || fsync(fileno(file));
     int error = errno;
-    if (file && (fclose(file) || failed)) unlink(temporary), failed = 1;
-    if (failed) die(FAILED, "cannot write %s: %s; what was there before is unchanged", path, strerror(error));
+    if (file && fclose(file) && !failed) failed = 1, error = errno;
+    if (failed) {
+        unlink(temporary);
+        die(FAILED, "cannot write %s: %s; what was there before is unchanged", path, strerror(error));
+    }
     free(temporary);
 }
 
@@ -1223,10 +1230,10 @@ static void checkpoint_save(const Model *m, const char *folder, Progress p) {
     Config c = m->config;
     int model[HEADER_INTS] = {MODEL_MAGIC, FILE_VERSION, c.max_seq_len, c.vocab_size, c.padded_vocab, c.layers, c.heads, c.channels,
                               c.loop_start, c.loop_end, c.max_loops, p.step};
-    int optimizer[HEADER_INTS] = {OPTIMIZER_MAGIC, FILE_VERSION, p.rows};
-    optimizer[HEADER_STEP] = p.step;
-    memcpy(optimizer + 4, &p.seed, sizeof p.seed);
-    memcpy(optimizer + 6, &p.flops, sizeof p.flops);
+    int optimizer[HEADER_INTS] = {OPTIMIZER_MAGIC, FILE_VERSION};
+    optimizer[HEADER_STEP] = p.step, optimizer[HEADER_ROWS] = p.rows;
+    memcpy(optimizer + HEADER_SEED, &p.seed, sizeof p.seed);
+    memcpy(optimizer + HEADER_FLOPS, &p.flops, sizeof p.flops);
     size_t bytes = m->params.total * sizeof(float);
     const Part model_parts[] = {{model, sizeof model}, {m->params.data, bytes}};
     const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {m->moment1.data, bytes}, {m->moment2.data, bytes}};
@@ -1288,7 +1295,6 @@ static int checkpoint_load(Model *m, const char *folder) {
     read_tensors(path, MODEL_MAGIC, "model", header, NULL, 0, 0);
     Config c = header_config(header);
     if (config_error(c)) die(FAILED, "%s is damaged: %s", path, config_error(c));
-    if (c.padded_vocab != (c.vocab_size + 64) / 64 * 64) die(FAILED, "%s is damaged: a vocabulary of %d padded to %d", path, c.vocab_size, c.padded_vocab);
     model_build(m, c);
     read_tensors(path, MODEL_MAGIC, "model", header, &m->params.data, 1, m->params.total);
     free(path);
@@ -1302,9 +1308,9 @@ static Progress checkpoint_resume(Model *m, const char *folder, int step) {
     float *moments[] = {m->moment1.data, m->moment2.data};
     char *path = join_path(folder, "optimizer.bin");
     read_tensors(path, OPTIMIZER_MAGIC, "optimizer state", header, moments, 2, m->params.total);
-    p.step = header[HEADER_STEP], p.rows = header[2];
-    memcpy(&p.seed, header + 4, sizeof p.seed);
-    memcpy(&p.flops, header + 6, sizeof p.flops);
+    p.step = header[HEADER_STEP], p.rows = header[HEADER_ROWS];
+    memcpy(&p.seed, header + HEADER_SEED, sizeof p.seed);
+    memcpy(&p.flops, header + HEADER_FLOPS, sizeof p.flops);
     if (p.step != step) die(FAILED, "%s is of step %d, the model beside it of step %d: they are not a pair", path, p.step, step);
     free(path);
     return p;
@@ -1324,7 +1330,7 @@ static Batch batch_build(int B, int T) {
 
 static void batch_free(Batch b) { free(b.targets), free(b.x), free(b.weights), free(b.t); }
 
-typedef struct { int S; double loss, mean_t, masked_share, norm; } Gradient;
+typedef struct { int S, masked; double loss, mean_t, norm; } Gradient; // masked: tokens, of all rows
 
 // The gradient of step number step (from 0), in m->grads: one S for the step; rows of data, B at a time, with their noise.
 static Gradient train_gradient(Model *m, const Data *d, Batch b, int loop_dist, uint64_t seed, int step, int rows, int B) {
@@ -1336,14 +1342,14 @@ static Gradient train_gradient(Model *m, const Data *d, Batch b, int loop_dist, 
         model_forward(m, b.x, B, T, g.S);
         g.loss += model_loss(m, b.targets, b.weights, 1);
         for (int i = 0; i < B; i++) g.mean_t += b.t[i] / rows;
-        for (int i = 0; i < B * T; i++) g.masked_share += (b.weights[i] > 0) / ((double)rows * T);
+        for (int i = 0; i < B * T; i++) g.masked += b.weights[i] > 0;
     }
     g.norm = gradient_norm(&m->grads);
     return g;
 }
 
-// NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error. Depends on
-// the seed alone: every S, and every model of the same T, sees the same masks.
+// NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error
+// (an upper estimate, as the t are stratified). Depends on the seed alone: every S, and every model of the same T, sees the same masks.
 static double evaluate(Model *m, const Data *d, int S, int rows, int B, uint64_t seed, double *error) {
     int T = m->config.max_seq_len;
     int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
@@ -1461,65 +1467,59 @@ static const struct { const char *name; int T, L, NH, C, a, b, S; } presets[] = 
 };
 
 // Every option of every command, with its default. -1 or NULL: taken from the preset, or none.
-static struct {
-    const char *data, *val_data, *tokenizer, *model, *loop, *loop_dist, *out, *loops, *prompt, *fill, *order, *text, *input, *output;
-    int layers, heads, channels, seq_len, vocab, max_loops, steps, batch, accum, warmup, save_every, val_every, val_rows, rows;
-    int length, sample_steps, n, watch, resume, threads;
-    double lr, floor, weight_decay, clip, temperature;
-    uint64_t seed;
-} opt = {
-    NULL, NULL, NULL, NULL, NULL, "uniform", NULL, NULL, NULL, NULL, "confidence", NULL, NULL, NULL,
-    -1, -1, -1, -1, -1, -1, 2000, 16, 1, 100, 500, 500, 256, 1024,
-    -1, 32, 1, 0, 0, 0,
-    2e-3, 0.1, 0.1, 1, 1,
-    1,
-};
+static const char *opt_data, *opt_val_data, *opt_tokenizer, *opt_model, *opt_loop, *opt_out, *opt_loops;
+static const char *opt_prompt, *opt_fill, *opt_text, *opt_input, *opt_output, *opt_loop_dist = "uniform", *opt_order = "confidence";
+static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1, opt_vocab = -1, opt_max_loops = -1;
+static int opt_steps = 2000, opt_batch = 16, opt_accum = 1, opt_warmup = 100, opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256;
+static int opt_resume, opt_rows = 1024, opt_length = -1, opt_sample_steps = 32, opt_n = 1, opt_watch, opt_threads;
+static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1;
+static uint64_t opt_seed = 1;
 
 static const struct { const char *name; int commands; char type; void *value; double least; const char *argument, *help; } options[] = {
-    {"data", TRAIN | EVAL, 's', &opt.data, 0, "FILES", "token shards: a file, or a quoted pattern such as 'train_*.bin'"},
-    {"val-data", TRAIN, 's', &opt.val_data, 0, "FILES", "held-out token shards: their NELBO is printed and logged"},
-    {"tokenizer", TRAIN | TOKENIZE | SAMPLE, 's', &opt.tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
-    {"model", TRAIN, 's', &opt.model, 0, "PRESET", "d2, nano, d6 or d12; the next options change it (default nano)"},
-    {"model", EVAL | SAMPLE, 's', &opt.model, 0, "FOLDER", "what train wrote into --out"},
-    {"model", INFO | FLOPS, 's', &opt.model, 0, "MODEL", "a trained model's folder, or a preset: d2, nano, d6, d12 (default nano)"},
-    {"layers", TRAIN | INFO | FLOPS, 'i', &opt.layers, 1, "L", "layers"},
-    {"heads", TRAIN | INFO | FLOPS, 'i', &opt.heads, 1, "NH", "attention heads"},
-    {"channels", TRAIN | INFO | FLOPS, 'i', &opt.channels, 2, "C", "channels"},
-    {"seq-len", TRAIN | INFO | FLOPS, 'i', &opt.seq_len, 1, "T", "positions in a row"},
-    {"vocab", TRAIN | INFO | FLOPS, 'i', &opt.vocab, 1, "V", "tokens, where there is no --tokenizer"},
-    {"loop", TRAIN | INFO | FLOPS, 's', &opt.loop, 0, "A:B", "loop over layers A .. B-1; 0:0 for an ordinary MDM"},
-    {"max-loops", TRAIN | INFO | FLOPS, 'i', &opt.max_loops, 1, "S", "loops in training: 1 to S"},
-    {"loop-dist", TRAIN, 's', &opt.loop_dist, 0, "NAME", "how a step's loops are drawn: uniform, fixed (always S), flops (p ~ 1/FLOPs)"},
-    {"out", TRAIN, 's', &opt.out, 0, "FOLDER", "where the model goes"},
-    {"resume", TRAIN, 'b', &opt.resume, 0, "", "continue from the checkpoint in --out, exactly, with the same options"},
-    {"steps", TRAIN, 'i', &opt.steps, 1, "N", "optimizer steps in all"},
-    {"batch", TRAIN | EVAL | INFO, 'i', &opt.batch, 1, "B", "rows at a time"},
-    {"accum", TRAIN, 'i', &opt.accum, 1, "N", "batches whose gradients are added up for one step"},
-    {"lr", TRAIN, 'f', &opt.lr, 0, "RATE", "highest learning rate"},
-    {"floor", TRAIN, 'f', &opt.floor, 0, "SHARE", "last learning rate, as a share of the highest"},
-    {"warmup", TRAIN, 'i', &opt.warmup, 0, "N", "steps over which the learning rate rises"},
-    {"weight-decay", TRAIN, 'f', &opt.weight_decay, 0, "RATE", "AdamW's weight decay, on matrices only"},
-    {"clip", TRAIN, 'f', &opt.clip, 1e-9, "NORM", "largest norm of the gradient"},
-    {"save-every", TRAIN, 'i', &opt.save_every, 1, "N", "steps between checkpoints"},
-    {"val-every", TRAIN, 'i', &opt.val_every, 1, "N", "steps between validations"},
-    {"val-rows", TRAIN, 'i', &opt.val_rows, 1, "N", "rows in a validation"},
-    {"loops", TRAIN, 's', &opt.loops, 0, "S,S,..", "numbers of loops to validate with (default 1, S/2 and S)"},
-    {"loops", EVAL, 's', &opt.loops, 0, "S,S,..", "numbers of loops, also beyond --max-loops (default 1, 2, 4, .. up to it)"},
-    {"loops", SAMPLE, 's', &opt.loops, 0, "S", "loops, also beyond --max-loops (default --max-loops)"},
-    {"rows", EVAL, 'i', &opt.rows, 1, "N", "rows, spread over the data; beyond its end they begin again with other noise"},
-    {"prompt", SAMPLE, 's', &opt.prompt, 0, "TEXT", "how the text begins"},
-    {"fill", SAMPLE, 's', &opt.fill, 0, "TEXT", "a template: ____ is a blank of one token, ________ of two, and so on"},
-    {"length", SAMPLE, 'i', &opt.length, 2, "T", "tokens to write (default: all that the model takes)"},
-    {"steps", SAMPLE, 'i', &opt.sample_steps, 1, "N", "denoising steps"},
-    {"order", SAMPLE, 's', &opt.order, 0, "NAME", "which tokens are kept first: confidence, random"},
-    {"temperature", SAMPLE, 'f', &opt.temperature, 0, "X", "below 1 plays safe; 0 always takes the likeliest token"},
-    {"n", SAMPLE, 'i', &opt.n, 1, "N", "texts to write"},
-    {"watch", SAMPLE, 'b', &opt.watch, 0, "", "show the text while it is denoised"},
-    {"text", TOKENIZE, 's', &opt.text, 0, "TEXT", "text to encode"},
-    {"input", TOKENIZE, 's', &opt.input, 0, "FILE", "file to encode"},
-    {"output", TOKENIZE, 's', &opt.output, 0, "FILE", "token shard to write"},
-    {"seed", TRAIN | EVAL | SAMPLE, 'u', &opt.seed, 0, "N", "seed of all randomness"},
-    {"threads", TRAIN | EVAL | SAMPLE, 'i', &opt.threads, 1, "N", "threads (default: one for each core)"},
+    {"data", TRAIN | EVAL, 's', &opt_data, 0, "FILES", "token shards: a file, or a quoted pattern such as 'train_*.bin'"},
+    {"val-data", TRAIN, 's', &opt_val_data, 0, "FILES", "held-out token shards: their NELBO is printed and logged"},
+    {"tokenizer", TRAIN | TOKENIZE | SAMPLE, 's', &opt_tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
+    {"model", TRAIN, 's', &opt_model, 0, "PRESET", "d2, nano, d6 or d12; the next options change it (default nano)"},
+    {"model", EVAL | SAMPLE, 's', &opt_model, 0, "FOLDER", "what train wrote into --out"},
+    {"model", INFO | FLOPS, 's', &opt_model, 0, "MODEL", "a trained model's folder, or a preset: d2, nano, d6, d12 (default nano)"},
+    {"layers", TRAIN | INFO | FLOPS, 'i', &opt_layers, 1, "L", "layers"},
+    {"heads", TRAIN | INFO | FLOPS, 'i', &opt_heads, 1, "NH", "attention heads"},
+    {"channels", TRAIN | INFO | FLOPS, 'i', &opt_channels, 2, "C", "channels"},
+    {"seq-len", TRAIN | INFO | FLOPS, 'i', &opt_seq_len, 1, "T", "positions in a row"},
+    {"vocab", TRAIN | INFO | FLOPS, 'i', &opt_vocab, 1, "V", "tokens, where there is no --tokenizer"},
+    {"loop", TRAIN | INFO | FLOPS, 's', &opt_loop, 0, "A:B", "loop over layers A .. B-1; 0:0 for an ordinary MDM"},
+    {"max-loops", TRAIN | INFO | FLOPS, 'i', &opt_max_loops, 1, "S", "loops in training: 1 to S"},
+    {"loop-dist", TRAIN, 's', &opt_loop_dist, 0, "NAME", "how a step's loops are drawn: uniform, fixed (always S), flops (p ~ 1/FLOPs)"},
+    {"out", TRAIN, 's', &opt_out, 0, "FOLDER", "where the model goes"},
+    {"resume", TRAIN, 'b', &opt_resume, 0, "", "continue from the checkpoint in --out, exactly, with the same options"},
+    {"steps", TRAIN, 'i', &opt_steps, 1, "N", "optimizer steps in all"},
+    {"batch", TRAIN | EVAL | INFO, 'i', &opt_batch, 1, "B", "rows at a time"},
+    {"accum", TRAIN, 'i', &opt_accum, 1, "N", "batches whose gradients are added up for one step"},
+    {"lr", TRAIN, 'f', &opt_lr, 0, "RATE", "highest learning rate"},
+    {"floor", TRAIN, 'f', &opt_floor, 0, "SHARE", "where the learning rate ends, as a share of the highest"},
+    {"warmup", TRAIN, 'i', &opt_warmup, 0, "N", "steps over which the learning rate rises"},
+    {"weight-decay", TRAIN, 'f', &opt_weight_decay, 0, "RATE", "AdamW's weight decay, on matrices only"},
+    {"clip", TRAIN, 'f', &opt_clip, 1e-9, "NORM", "largest norm of the gradient"},
+    {"save-every", TRAIN, 'i', &opt_save_every, 1, "N", "steps between checkpoints"},
+    {"val-every", TRAIN, 'i', &opt_val_every, 1, "N", "steps between validations"},
+    {"val-rows", TRAIN, 'i', &opt_val_rows, 1, "N", "rows in a validation"},
+    {"loops", TRAIN, 's', &opt_loops, 0, "S,S,..", "numbers of loops to validate with (default 1, 2, 4, .. and --max-loops)"},
+    {"loops", EVAL, 's', &opt_loops, 0, "S,S,..", "numbers of loops, also beyond --max-loops (default 1, 2, 4, .. and that)"},
+    {"loops", SAMPLE, 's', &opt_loops, 0, "S", "loops, also beyond --max-loops (default --max-loops)"},
+    {"rows", EVAL, 'i', &opt_rows, 1, "N", "rows, spread over the data; beyond its end they begin again with other noise"},
+    {"prompt", SAMPLE, 's', &opt_prompt, 0, "TEXT", "how the text begins"},
+    {"fill", SAMPLE, 's', &opt_fill, 0, "TEXT", "a template: ____ is a blank of one token, ________ of two, and so on"},
+    {"length", SAMPLE, 'i', &opt_length, 2, "T", "tokens to write (default: all that the model takes)"},
+    {"steps", SAMPLE, 'i', &opt_sample_steps, 1, "N", "denoising steps"},
+    {"order", SAMPLE, 's', &opt_order, 0, "NAME", "which tokens are kept first: confidence, random"},
+    {"temperature", SAMPLE, 'f', &opt_temperature, 0, "X", "below 1 plays safe; 0 always takes the likeliest token"},
+    {"n", SAMPLE, 'i', &opt_n, 1, "N", "texts to write"},
+    {"watch", SAMPLE, 'b', &opt_watch, 0, "", "show the text while it is denoised"},
+    {"text", TOKENIZE, 's', &opt_text, 0, "TEXT", "text to encode"},
+    {"input", TOKENIZE, 's', &opt_input, 0, "FILE", "file to encode"},
+    {"output", TOKENIZE, 's', &opt_output, 0, "FILE", "token shard to write"},
+    {"seed", TRAIN | EVAL | SAMPLE, 'u', &opt_seed, 0, "N", "seed of all randomness"},
+    {"threads", TRAIN | EVAL | SAMPLE, 'i', &opt_threads, 1, "N", "threads (default: one for each core)"},
 };
 enum { NUM_OPTIONS = sizeof options / sizeof *options, NUM_COMMANDS = sizeof commands / sizeof *commands, NUM_PRESETS = sizeof presets / sizeof *presets };
 
@@ -1573,7 +1573,7 @@ static void parse_options(int command, int argc, char **argv) {
         }
     }
 #ifdef _OPENMP
-    if (opt.threads) omp_set_num_threads(opt.threads);
+    if (opt_threads) omp_set_num_threads(min_int(opt_threads, 1024));
 #endif
 }
 
@@ -1583,30 +1583,38 @@ static int choose(const char *option, const char *value, const char *const *name
     die(USAGE, "--%s cannot be '%s'; see --help", option, value);
 }
 
+enum { MOST_LOOPS = 32 }; // in a list
+
 // "1,2,8" -> {1, 2, 8}; returns how many
 static int parse_loops(const char *text, int *loops, int most) {
     int n = 0;
     char *end;
     do {
         long S = strtol(text, &end, 10);
-        if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most) die(USAGE, "--loops takes numbers from 1, such as 4 or 1,2,4, not '%s'", opt.loops);
+        if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most) die(USAGE, "--loops takes numbers from 1, such as 4 or 1,2,4, not '%s'", opt_loops);
         loops[n++] = (int)S;
         text = end + 1;
     } while (*end);
     return n;
 }
 
+static int find_preset(const char *name) { // -1: there is none
+    for (int i = 0; i < NUM_PRESETS; i++)
+        if (!strcmp(name, presets[i].name)) return i;
+    return -1;
+}
+
 static Config config_from_options(int vocab_size) {
-    const char *name = opt.model ? opt.model : "nano";
-    int i = 0;
-    while (i < NUM_PRESETS && strcmp(presets[i].name, name)) i++;
-    if (i == NUM_PRESETS) die(USAGE, "--model: there is no preset %s; they are d2, nano, d6, d12", name);
-#define PICK(option, preset) (option < 0 ? presets[i].preset : option)
-    Config c = {PICK(opt.seq_len, T), vocab_size, (vocab_size + 64) / 64 * 64, PICK(opt.layers, L), PICK(opt.heads, NH), PICK(opt.channels, C),
-                presets[i].a, presets[i].b, PICK(opt.max_loops, S)};
-#undef PICK
-    int used = 0;
-    if (opt.loop && (sscanf(opt.loop, "%d:%d%n", &c.loop_start, &c.loop_end, &used) != 2 || opt.loop[used])) die(USAGE, "--loop takes two layers such as 1:3, not '%s'", opt.loop);
+    int i = find_preset(opt_model ? opt_model : "nano"), used = 0;
+    if (i < 0) die(USAGE, "--model: there is no preset %s; they are d2, nano, d6, d12", opt_model);
+    Config c = {presets[i].T, vocab_size, padded(vocab_size), presets[i].L, presets[i].NH, presets[i].C, presets[i].a, presets[i].b, presets[i].S};
+    if (opt_seq_len > 0) c.max_seq_len = opt_seq_len;
+    if (opt_layers > 0) c.layers = opt_layers;
+    if (opt_heads > 0) c.heads = opt_heads;
+    if (opt_channels > 0) c.channels = opt_channels;
+    if (opt_max_loops > 0) c.max_loops = opt_max_loops;
+    if (opt_loop && (sscanf(opt_loop, "%d:%d%n", &c.loop_start, &c.loop_end, &used) != 2 || opt_loop[used]))
+        die(USAGE, "--loop takes two layers such as 1:3, not '%s'", opt_loop);
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     return c;
 }
@@ -1614,9 +1622,9 @@ static Config config_from_options(int vocab_size) {
 // The tokenizer of a trained model: --tokenizer, or the one in its folder.
 static Tokenizer model_tokenizer(const Model *m, const char *folder) {
     char *path = join_path(folder, "tokenizer.bin");
-    Tokenizer t = tokenizer_open(opt.tokenizer ? opt.tokenizer : path);
+    Tokenizer t = tokenizer_open(opt_tokenizer ? opt_tokenizer : path);
     if (t.vocab_size != m->config.vocab_size)
-        die(FAILED, "%s has %d tokens, the model in %s %d: they do not belong together", opt.tokenizer ? opt.tokenizer : path, t.vocab_size, folder, m->config.vocab_size);
+        die(FAILED, "%s has %d tokens, the model in %s %d: they do not belong together", opt_tokenizer ? opt_tokenizer : path, t.vocab_size, folder, m->config.vocab_size);
     free(path);
     return t;
 }
@@ -1648,7 +1656,7 @@ static FILE *open_log(const char *folder, int step, const int *val_loops, int nu
     for (int i = 0; i < num_val; i++) fprintf(log, ",val_nelbo_s%d", val_loops[i]);
     fprintf(log, "\n");
     while (old && fgets(line, sizeof line, old))
-        if (isdigit((unsigned char)line[0]) && atoi(line) <= step) fputs(line, log);
+        if (isdigit((unsigned char)line[0]) && strchr(line, '\n') && atoi(line) <= step) fputs(line, log);
     if (old) fclose(old);
     fclose(log);
     Part part = {kept, bytes};
@@ -1658,98 +1666,98 @@ static FILE *open_log(const char *folder, int step, const int *val_loops, int nu
     return log;
 }
 
-// Numbers of loops to validate with: --loops, or 1, S/2 and S. Training keeps memory for S_max loops, no more.
-static int validation_loops(Config c, int *loops) {
-    if (!opt.loops) {
-        int n = 0;
-        loops[n++] = 1;
-        if (c.max_loops > 3) loops[n++] = c.max_loops / 2;
-        if (c.max_loops > 1) loops[n++] = c.max_loops;
-        return n;
-    }
-    int n = parse_loops(opt.loops, loops, 16);
-    for (int i = 0; i < n; i++)
-        if (loops[i] > c.max_loops) die(USAGE, "--loops: training has memory for %d loops; use eval for more", c.max_loops);
+// The numbers of loops to evaluate with: --loops, or 1, 2, 4, .. and S_max.
+static int evaluation_loops(Config c, int *loops, int most) {
+    int n = 0;
+    if (opt_loops) return parse_loops(opt_loops, loops, most);
+    for (int S = 1; n == 0 || loops[n - 1] < c.max_loops; S *= 2) loops[n++] = min_int(S, c.max_loops);
     return n;
 }
 
 // The model that training begins with, new or from --out, with its Progress; and --out itself.
 static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
-    Progress p = {0, opt.batch * opt.accum, opt.seed, 0};
-    char *saved = join_path(opt.out, "model.bin"), *copy = join_path(opt.out, "tokenizer.bin");
-    make_folders(opt.out);
-    if (!opt.resume) {
+    Progress p = {0, opt_batch * opt_accum, opt_seed, 0};
+    char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin");
+    make_folders(opt_out);
+    if (!opt_resume) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
-        init_parameters(&m->params, c, opt.seed);
-        model_reserve(m, opt.batch, c.max_seq_len, c.max_loops, 1);
-        Part part = {tokenizer->file, tokenizer->file_size};
-        if (opt.tokenizer) write_file(copy, &part, 1);
+        init_parameters(&m->params, c, opt_seed);
+        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
+        if (opt_tokenizer) {
+            Part part = {tokenizer->file, tokenizer->file_size};
+            write_file(copy, &part, 1);
+        }
     } else {
-        checkpoint_recover(opt.out);
-        int step = checkpoint_load(m, opt.out);
-        if (memcmp(&m->config, &c, sizeof c)) die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt.out);
-        model_reserve(m, opt.batch, c.max_seq_len, c.max_loops, 1);
-        p = checkpoint_resume(m, opt.out, step);
-        if (p.seed != opt.seed || p.rows != opt.batch * opt.accum)
+        checkpoint_recover(opt_out);
+        int step = checkpoint_load(m, opt_out);
+        if (memcmp(&m->config, &c, sizeof c)) die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
+        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
+        p = checkpoint_resume(m, opt_out, step);
+        if (p.seed != opt_seed || p.rows != opt_batch * opt_accum)
             die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
     }
     free(saved), free(copy);
     return p;
 }
 
+// The loss is not finite: says where, and what is left. saved is the step of the last checkpoint, or -1.
+static void stop_training(int step, double loss, double norm, int saved) {
+    char checkpoint[64] = "there is no checkpoint yet";
+    if (saved >= 0) snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", saved);
+    die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step, loss, norm, checkpoint, opt_out);
+}
+
 static void train(void) {
     static const char *const dists[] = {"uniform", "fixed", "flops"};
-    int dist = choose("loop-dist", opt.loop_dist, dists, 3), val_loops[16], num_val = 0;
-    if (!opt.data || !opt.out) die(USAGE, "train needs --data and --out; see loopmdm train --help");
-    if (!opt.tokenizer && opt.vocab < 0) die(USAGE, "train needs --tokenizer, or --vocab for the number of tokens");
-    if (opt.floor > 1) die(USAGE, "--floor is a share of --lr: at most 1, not %g", opt.floor);
+    int dist = choose("loop-dist", opt_loop_dist, dists, 3), val_loops[MOST_LOOPS], num_val = 0;
+    if (!opt_data || !opt_out) die(USAGE, "train needs --data and --out; see loopmdm train --help");
+    if (!opt_tokenizer && opt_vocab < 0) die(USAGE, "train needs --tokenizer, or --vocab for the number of tokens");
+    if (opt_floor > 1) die(USAGE, "--floor is a share of --lr: at most 1, not %g", opt_floor);
     Tokenizer tokenizer;
-    if (opt.tokenizer) {
-        tokenizer = tokenizer_open(opt.tokenizer);
-        if (opt.vocab >= 0 && opt.vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt.vocab, opt.tokenizer, tokenizer.vocab_size);
+    if (opt_tokenizer) {
+        tokenizer = tokenizer_open(opt_tokenizer);
+        if (opt_vocab >= 0 && opt_vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt_vocab, opt_tokenizer, tokenizer.vocab_size);
     }
-    Config c = config_from_options(opt.tokenizer ? tokenizer.vocab_size : opt.vocab);
-    if ((double)opt.batch * opt.accum * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch %d --accum %d are too many rows of %d tokens", opt.batch, opt.accum, c.max_seq_len);
-    int rows = opt.batch * opt.accum, T = c.max_seq_len;
-    Data data = data_open(opt.data, c.vocab_size, T), val;
-    if (opt.val_data) {
-        val = data_open(opt.val_data, c.vocab_size, T);
-        num_val = validation_loops(c, val_loops);
+    Config c = config_from_options(opt_tokenizer ? tokenizer.vocab_size : opt_vocab);
+    if ((double)opt_batch * opt_accum * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch %d --accum %d are too many rows of %d tokens", opt_batch, opt_accum, c.max_seq_len);
+    int rows = opt_batch * opt_accum, T = c.max_seq_len;
+    Data data = data_open(opt_data, c.vocab_size, T), val;
+    if (opt_val_data) {
+        val = data_open(opt_val_data, c.vocab_size, T);
+        num_val = evaluation_loops(c, val_loops, MOST_LOOPS);
+        for (int i = 0; i < num_val; i++)
+            if (val_loops[i] > c.max_loops) die(USAGE, "--loops: training has memory for %d loops; use eval for more", c.max_loops);
     }
     Model m;
     Progress p = train_begin(&m, c, &tokenizer);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     signal(SIGXFSZ, SIG_IGN); // a file size limit is then an error like a full disk
-    FILE *log = open_log(opt.out, p.step, val_loops, num_val);
+    FILE *log = open_log(opt_out, p.step, val_loops, num_val);
     printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end,
            c.max_loops, (long long)data.total);
     printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n", m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
 
-    Batch batch = batch_build(opt.batch, T);
+    Batch batch = batch_build(opt_batch, T);
     double began = seconds(), shown = began, loss_sum = 0;
-    int begin = p.step, saved = opt.resume ? begin : -1, loss_count = 0;
-    while (p.step < opt.steps && !(interrupted && p.step > begin)) { // an interrupted run has done a step at least
+    int begin = p.step, saved = opt_resume ? begin : -1, loss_count = 0;
+    while (p.step < opt_steps && !(interrupted && p.step > begin)) { // an interrupted run has done a step at least
         double step_began = seconds();
-        Gradient g = train_gradient(&m, &data, batch, dist, opt.seed, p.step, rows, opt.batch);
-        if (!isfinite(g.loss) || !isfinite(g.norm)) {
-            fflush(log);
-            if (saved < 0) die(FAILED, "step %d: the loss is %g, the gradient's norm %g; there is no checkpoint yet. Try a lower --lr", p.step + 1, g.loss, g.norm);
-            die(FAILED, "step %d: the loss is %g, the gradient's norm %g; the last good checkpoint is step %d in %s. Try a lower --lr", p.step + 1, g.loss, g.norm, saved, opt.out);
-        }
-        AdamW adamw = {learning_rate(opt.lr, opt.floor, opt.warmup, opt.steps, p.step), 0.9, 0.95, 1e-8, opt.weight_decay, opt.clip};
+        Gradient g = train_gradient(&m, &data, batch, dist, opt_seed, p.step, rows, opt_batch);
+        if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
+        AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip};
         model_update(&m, adamw, g.norm, ++p.step);
-        p.flops += flops_per_token(c, T, g.S, g.masked_share, 1) * rows * T;
+        p.flops += flops_per_token(c, T, g.S, g.masked / ((double)rows * T), 1) * rows * T;
         loss_sum += g.loss;
         loss_count++;
 
         double now = seconds(), per_step = (now - began) / (p.step - begin);
-        int last = p.step == opt.steps, validates = num_val && (p.step % opt.val_every == 0 || last);
+        int last = p.step == opt_steps, validates = num_val && (p.step % opt_val_every == 0 || last);
         fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * T / (now - step_began), p.flops);
         if (validates || last || p.step == begin + 1 || now - shown > 5) { // the mean loss since the line before: 1/t makes single losses noisy
-            int left = (int)(per_step * (opt.steps - p.step));
-            printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt.steps, loss_sum / loss_count,
+            int left = (int)(per_step * (opt_steps - p.step));
+            printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt_steps, loss_sum / loss_count,
                    g.S, g.norm, adamw.lr, rows * T / per_step, left / 60, left % 60);
             shown = now;
             loss_sum = loss_count = 0;
@@ -1758,42 +1766,41 @@ static void train(void) {
         for (int i = 0; i < num_val; i++) {
             fputc(',', log);
             if (!validates) continue;
-            double error, nelbo = evaluate(&m, &val, val_loops[i], opt.val_rows, opt.batch, opt.seed, &error);
+            double error, nelbo = evaluate(&m, &val, val_loops[i], opt_val_rows, opt_batch, opt_seed, &error);
             printf("  S=%d %.4f%s", val_loops[i], nelbo, i + 1 == num_val ? "\n" : "");
             fprintf(log, "%.6f", nelbo);
         }
         fputc('\n', log);
-        fflush(stdout);
-        if (p.step % opt.save_every == 0 || last || interrupted) {
-            checkpoint_save(&m, opt.out, p);
-            if (fflush(log)) die(FAILED, "cannot write log.csv in %s: %s", opt.out, strerror(errno));
+        if (fflush(stdout) || fflush(log)) die(FAILED, "cannot write log.csv in %s, or standard output: %s", opt_out, strerror(errno));
+        if (p.step % opt_save_every == 0 || last || interrupted) { // a model is saved only if it still gives a finite loss
+            double error, now_loss = evaluate(&m, &data, c.max_loops, opt_batch, opt_batch, opt_seed, &error);
+            if (!isfinite(now_loss)) stop_training(p.step, now_loss, g.norm, saved);
+            checkpoint_save(&m, opt_out, p);
             saved = p.step;
         }
+        began += seconds() - now; // neither validating nor saving counts in tokens/s
     }
     fclose(log), batch_free(batch), model_free(&m);
-    if (interrupted && p.step < opt.steps) {
-        printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", p.step, opt.out);
+    if (interrupted && p.step < opt_steps) {
+        printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", p.step, opt_out);
         exit(130);
     }
-    printf("step %d of %d is done; the model is in %s\n", p.step, opt.steps, opt.out);
+    printf("step %d of %d is done; the model is in %s\n", p.step, opt_steps, opt_out);
 }
 
 static void eval(void) {
     Model m;
-    if (!opt.model || !opt.data) die(USAGE, "eval needs --model and --data; see loopmdm eval --help");
-    int step = checkpoint_load(&m, opt.model), loops[64], n = 0, T = m.config.max_seq_len;
-    if (opt.loops) n = parse_loops(opt.loops, loops, 64);
-    else
-        for (int S = 1; n == 0 || loops[n - 1] < m.config.max_loops; S *= 2) loops[n++] = min_int(S, m.config.max_loops);
-    Data data = data_open(opt.data, m.config.vocab_size, T);
-    if ((double)opt.rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt.rows);
-    model_reserve(&m, min_int(opt.batch, opt.rows), T, 1, 0);
-    printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt.model, step, opt.rows, T);
+    if (!opt_model || !opt_data) die(USAGE, "eval needs --model and --data; see loopmdm eval --help");
+    int step = checkpoint_load(&m, opt_model), loops[MOST_LOOPS], n = evaluation_loops(m.config, loops, MOST_LOOPS), T = m.config.max_seq_len;
+    Data data = data_open(opt_data, m.config.vocab_size, T);
+    if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
+    model_reserve(&m, min_int(opt_batch, opt_rows), T, 1, 0);
+    printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
     printf("loops  passes  NELBO, nats/token  perplexity at most  GFLOP/row  tokens/s\n");
     for (int i = 0; i < n; i++) {
-        double began = seconds(), error, nelbo = evaluate(&m, &data, loops[i], opt.rows, min_int(opt.batch, opt.rows), opt.seed, &error);
+        double began = seconds(), error, nelbo = evaluate(&m, &data, loops[i], opt_rows, min_int(opt_batch, opt_rows), opt_seed, &error);
         printf("%5d  %6d    %.4f +- %.4f  %18.2f  %9.3f  %8.0f\n", loops[i], num_passes(m.config, loops[i]), nelbo, error, exp(nelbo),
-               flops_per_token(m.config, T, loops[i], 0.5, 0) * T * 1e-9, (double)opt.rows * T / (seconds() - began));
+               flops_per_token(m.config, T, loops[i], 0.5, 0) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
         fflush(stdout);
     }
     model_free(&m);
@@ -1860,39 +1867,39 @@ static int encode_template(const Tokenizer *t, int *x, int mask, const char *s) 
 static void sample_command(void) {
     static const char *const orders[] = {"random", "confidence"};
     Model m;
-    int order = choose("order", opt.order, orders, 2), loops;
-    if (!opt.model) die(USAGE, "sample needs --model; see loopmdm sample --help");
-    if (opt.prompt && opt.fill) die(USAGE, "--prompt and --fill exclude each other");
-    checkpoint_load(&m, opt.model);
-    Tokenizer t = model_tokenizer(&m, opt.model);
-    int mask = m.config.vocab_size, most = m.config.max_seq_len, T = opt.length < 0 ? most : opt.length;
-    if (opt.loops) parse_loops(opt.loops, &loops, 1);
+    int order = choose("order", opt_order, orders, 2), loops;
+    if (!opt_model) die(USAGE, "sample needs --model; see loopmdm sample --help");
+    if (opt_prompt && opt_fill) die(USAGE, "--prompt and --fill exclude each other");
+    checkpoint_load(&m, opt_model);
+    Tokenizer t = model_tokenizer(&m, opt_model);
+    int mask = m.config.vocab_size, most = m.config.max_seq_len, T = opt_length < 0 ? most : opt_length;
+    if (opt_loops) parse_loops(opt_loops, &loops, 1);
     else loops = m.config.max_loops;
     if (T > most) die(USAGE, "--length is %d; the model takes at most %d tokens", T, most);
-    const char *text = opt.fill ? opt.fill : opt.prompt ? opt.prompt : "";
+    const char *text = opt_fill ? opt_fill : opt_prompt ? opt_prompt : "";
     int *start = (int *)allocate(strlen(text) + most + 1, sizeof(int), "the text"), given = 1; // every text begins after an end-of-text
     start[0] = t.eot;
-    given += opt.fill ? encode_template(&t, start + 1, mask, text) : (int)tokenizer_encode(&t, start + 1, text, strlen(text), "--prompt");
-    if (given > (opt.fill ? most : T)) die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", opt.fill ? "--fill" : "--prompt", given, opt.fill ? most : T);
-    if (opt.fill) {
+    given += opt_fill ? encode_template(&t, start + 1, mask, text) : (int)tokenizer_encode(&t, start + 1, text, strlen(text), "--prompt");
+    if (given > (opt_fill ? most : T)) die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", opt_fill ? "--fill" : "--prompt", given, opt_fill ? most : T);
+    if (opt_fill) {
         int blanks = 0;
         for (int i = 0; i < given; i++) blanks += start[i] == mask;
         if (!blanks) die(USAGE, "--fill has no blank: write ____ where a token is to be filled in");
         T = given;
     }
     for (int i = given; i < T; i++) start[i] = mask;
-    int B = opt.watch ? 1 : min_int(opt.n, 16), *x = (int *)allocate((size_t)B * T, sizeof(int), "the texts");
-    SampleOptions o = {opt.sample_steps, loops, order, opt.temperature, opt.seed};
+    int B = opt_watch ? 1 : min_int(opt_n, 16), *x = (int *)allocate((size_t)B * T, sizeof(int), "the texts");
+    SampleOptions o = {opt_sample_steps, loops, order, opt_temperature, opt_seed};
     model_reserve(&m, B, T, 1, 0);
-    for (int first = 0; first < opt.n; first += B) {
-        int n = min_int(B, opt.n - first);
+    for (int first = 0; first < opt_n; first += B) {
+        int n = min_int(B, opt_n - first);
         Watch w = {&t, 0};
         for (int b = 0; b < n; b++) memcpy(x + b * T, start, T * sizeof(int));
-        sample(&m, x, n, T, o, first, opt.watch ? watch : NULL, &w);
+        sample(&m, x, n, T, o, first, opt_watch ? watch : NULL, &w);
         for (int b = 0; b < n; b++) {
             char *result = decode(&t, x + b * T, T);
             if (w.lines) printf("\033[%dA\r\033[J", w.lines);
-            printf("%s\n%s", result, first + b + 1 < opt.n ? "\n" : "");
+            printf("%s\n%s", result, first + b + 1 < opt_n ? "\n" : "");
             free(result);
         }
         fflush(stdout);
@@ -1913,25 +1920,25 @@ static void print_token(const Tokenizer *t, int id) { // what is no printable ch
 }
 
 static void tokenize(void) {
-    if (!opt.tokenizer) die(USAGE, "tokenize needs --tokenizer; see loopmdm tokenize --help");
-    if (!opt.text == !opt.input || (opt.input && !opt.output)) die(USAGE, "tokenize takes either --text, or --input and --output");
-    Tokenizer t = tokenizer_open(opt.tokenizer);
-    if (opt.text) {
-        int *ids = (int *)allocate(strlen(opt.text), sizeof(int), "tokens"), n = (int)tokenizer_encode(&t, ids, opt.text, strlen(opt.text), "--text");
+    if (!opt_tokenizer) die(USAGE, "tokenize needs --tokenizer; see loopmdm tokenize --help");
+    if (!opt_text == !opt_input || (opt_input && !opt_output)) die(USAGE, "tokenize takes either --text, or --input and --output");
+    Tokenizer t = tokenizer_open(opt_tokenizer);
+    if (opt_text) {
+        int *ids = (int *)allocate(strlen(opt_text), sizeof(int), "tokens"), n = (int)tokenizer_encode(&t, ids, opt_text, strlen(opt_text), "--text");
         for (int i = 0; i < n; i++) print_token(&t, ids[i]);
         printf("%d tokens\n", n);
         free(ids);
         return;
     }
-    FILE *in = fopen(opt.input, "rb");
+    FILE *in = fopen(opt_input, "rb");
     struct stat info;
-    if (!in || fstat(fileno(in), &info) || !S_ISREG(info.st_mode)) die(FAILED, "cannot read %s: %s", opt.input, in ? "not a file" : strerror(errno));
-    if (info.st_size == 0 || info.st_size >= INT_MAX) die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt.input, (long long)info.st_size);
+    if (!in || fstat(fileno(in), &info) || !S_ISREG(info.st_mode)) die(FAILED, "cannot read %s: %s", opt_input, in ? "not a file" : strerror(errno));
+    if (info.st_size == 0 || info.st_size >= INT_MAX) die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt_input, (long long)info.st_size);
     size_t size = (size_t)info.st_size, count = 0;
     char *text = (char *)allocate(size, 1, "the text");
     int *ids = (int *)allocate(size, sizeof(int), "tokens");
     uint16_t *tokens = (uint16_t *)allocate(2 * size, sizeof *tokens, "tokens");
-    if (fread(text, 1, size, in) != size) die(FAILED, "cannot read %s: %s", opt.input, strerror(errno));
+    if (fread(text, 1, size, in) != size) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     fclose(in);
     const char *eot = (const char *)t.bytes[t.eot];
     int eot_length = t.length[t.eot], stories = 0;
@@ -1941,32 +1948,26 @@ static void tokenize(void) {
         while (from < to && isspace((unsigned char)text[from])) from++;
         while (to > from && isspace((unsigned char)text[to - 1])) to--;
         if (from == to) continue;
-        size_t n = tokenizer_encode(&t, ids, text + from, to - from, opt.input);
+        size_t n = tokenizer_encode(&t, ids, text + from, to - from, opt_input);
         tokens[count++] = (uint16_t)t.eot;
         for (size_t i = 0; i < n; i++) tokens[count++] = (uint16_t)ids[i];
         stories++;
     }
-    if (!count) die(FAILED, "%s has no text", opt.input);
+    if (!count) die(FAILED, "%s has no text", opt_input);
     int header[HEADER_INTS] = {SHARD_MAGIC, 1, (int)count};
     const Part parts[] = {{header, sizeof header}, {tokens, count * sizeof *tokens}};
-    write_file(opt.output, parts, 2);
-    printf("%s: %d stories, %zu tokens, %.2f bytes per token\n", opt.output, stories, count, (double)size / count);
+    write_file(opt_output, parts, 2);
+    printf("%s: %d stories, %zu tokens, %.2f bytes per token\n", opt_output, stories, count, (double)size / count);
     free(text), free(ids), free(tokens);
-}
-
-static int is_preset(const char *name) {
-    for (int i = 0; i < NUM_PRESETS; i++)
-        if (!strcmp(name, presets[i].name)) return 1;
-    return 0;
 }
 
 // info and flops take a trained model or a preset; returns the step, or -1 for a preset
 static int model_or_preset(Model *m) {
-    if (opt.model && !is_preset(opt.model)) {
-        if (access(opt.model, F_OK)) die(USAGE, "--model: %s is neither a folder nor a preset; presets are d2, nano, d6, d12", opt.model);
-        return checkpoint_load(m, opt.model);
+    if (opt_model && find_preset(opt_model) < 0) {
+        if (access(opt_model, F_OK)) die(USAGE, "--model: %s is neither a folder nor a preset; these are d2, nano, d6, d12", opt_model);
+        return checkpoint_load(m, opt_model);
     }
-    model_build(m, config_from_options(opt.vocab < 0 ? 4096 : opt.vocab));
+    model_build(m, config_from_options(opt_vocab < 0 ? 4096 : opt_vocab));
     return -1;
 }
 
@@ -1975,9 +1976,9 @@ static void info(void) {
     int step = model_or_preset(&m);
     Config c = m.config;
     Shape s[NUM_TENSORS];
-    size_t acts[NUM_ACTS], pass = activation_sizes(c, opt.batch, c.max_seq_len, acts);
+    size_t acts[NUM_ACTS], pass = activation_sizes(c, opt_batch, c.max_seq_len, acts);
     tensor_shapes(c, s);
-    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d times\n", opt.model ? opt.model : "nano", c.layers, c.channels, c.heads,
+    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d times\n", opt_model ? opt_model : "nano", c.layers, c.channels, c.heads,
            c.max_seq_len, c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
     if (step >= 0) printf("trained for %d steps\n", step);
     printf("\ntensor     shape                 parameters\n");
@@ -1987,7 +1988,7 @@ static void info(void) {
         printf("%-10s %-20s %11zu\n", s[i].name, shape, m.params.size[i]);
     }
     printf("%-31s %11zu\n\n", "total", m.params.total);
-    printf("training with --batch %d takes %.0f MiB for parameters, gradients and moments, %.1f MiB for each of up to %d passes\n", opt.batch,
+    printf("training with --batch %d takes %.0f MiB for parameters, gradients and moments, %.1f MiB for each of up to %d passes\n", opt_batch,
            m.params.total * 16.0 / (1 << 20), pass * 4.0 / (1 << 20), num_passes(c, c.max_loops));
     model_free(&m);
 }

@@ -12,7 +12,7 @@ of each kind, and "N passed, N failed". Exit status 1 if any failed. See README,
 #include <sys/wait.h>
 
 static int passed, failed;
-static struct { const char *kind; double error, tolerance; int count; } kinds[64];
+static struct { const char *kind; double error, tolerance; int count; } kinds[128];
 
 // One check: error must not exceed tolerance (NaN fails). kind is its line in the final table.
 static void check(const char *kind, double error, double tolerance, const char *format, ...) {
@@ -25,6 +25,7 @@ static void check(const char *kind, double error, double tolerance, const char *
     printf("%s  %-34s %-44s error %.1e  tolerance %.0e\n", ok ? "ok  " : "FAIL", kind, what, error, tolerance);
     passed += ok, failed += !ok;
     while (kinds[k].kind && strcmp(kinds[k].kind, kind)) k++;
+    if (k == 127) die(FAILED, "too many kinds of checks");
     if (!kinds[k].kind || !(error <= kinds[k].error)) kinds[k].error = error;
     kinds[k].kind = kind, kinds[k].tolerance = tolerance, kinds[k].count++;
 }
@@ -121,6 +122,8 @@ static void check_reference(const char *path, const char *folder) {
     Model m;
     model_build(&m, c);
     model_reserve(&m, B, c.max_seq_len, c.max_loops, 1);
+    init_parameters(&m.params, c, seed);
+    check("initial parameters, checksum", (int)crc32_update(0, m.params.data, m.params.total * sizeof(float)) != *ints(&d, "init_crc"), 0, "%s", name);
     for (int i = 0; i < NUM_TENSORS; i++) {
         const DumpTensor *p = find(&d, "params/%s", shapes[i].name);
         if (!p || p->count != m.params.size[i]) die(FAILED, "%s: no tensor params/%s of %zu numbers", path, shapes[i].name, m.params.size[i]);
@@ -187,30 +190,21 @@ static void check_reference(const char *path, const char *folder) {
 
     // ten optimizer steps of two batches each, with S varying
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1};
-    int *batch = (int *)allocate(2 * (size_t)B * c.max_seq_len, sizeof(int), "a batch"), *noisy = batch + (size_t)B * c.max_seq_len;
-    weights = (float *)realloc(weights, (size_t)B * c.max_seq_len * sizeof(float));
+    Batch batch = batch_build(B, c.max_seq_len);
     double loss_error = 0, norm_error = 0, loops_error = 0;
     for (int step = 0; step < 10; step++) {
-        int S = draw_loops(c, LOOPS_UNIFORM, seed, step);
-        double loss = 0;
-        for (int first = 0; first < 2 * B; first += B) {
-            data_batch(&data, batch, seed, step, first, B, c.max_seq_len);
-            add_noise(noisy, t, weights, batch, c, seed, step, first, B, 2 * B, c.max_seq_len);
-            model_forward(&m, noisy, B, c.max_seq_len, S);
-            loss += model_loss(&m, batch, weights, 1);
-        }
-        double norm = gradient_norm(&m.grads);
+        Gradient g = train_gradient(&m, &data, batch, LOOPS_UNIFORM, seed, step, 2 * B, B);
         o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
-        model_update(&m, o, norm, step + 1);
-        loss_error = fmax(loss_error, fabs(loss - floats(&d, "train_loss", 0)[step]));
-        norm_error = fmax(norm_error, fabs(norm / floats(&d, "train_norm", 0)[step] - 1));
-        loops_error += S != ints(&d, "train_loops")[step];
+        model_update(&m, o, g.norm, step + 1);
+        loss_error = fmax(loss_error, fabs(g.loss - floats(&d, "train_loss", 0)[step]));
+        norm_error = fmax(norm_error, fabs(g.norm / floats(&d, "train_norm", 0)[step] - 1));
+        loops_error += g.S != ints(&d, "train_loops")[step];
     }
     check("loops drawn, that differ", loops_error, 0, "%s", name);
     check("losses of 10 AdamW steps", loss_error, 1e-4, "%s", name);
     check("gradient norms of 10 steps, relative", norm_error, 1e-4, "%s", name);
 
-    free(x), free(weights), free(t), free(logits), free(batch), free(shard), free(d.tensors);
+    batch_free(batch), free(x), free(weights), free(t), free(logits), free(shard), free(d.tensors);
     munmap((void *)d.file, d.bytes);
     model_free(&m);
 }
@@ -304,8 +298,15 @@ static void check_model(void) {
     model_forward(&other, batch.x, 8, 24, 4);
     double difference = model_loss(&m, batch.targets, batch.weights, 0) - model_loss(&other, batch.targets, batch.weights, 0);
     check("inference equals training", fabs(difference), 0, "S=4");
+    Model deep;
+    model_build(&deep, c);
+    memcpy(deep.params.data, m.params.data, m.params.total * sizeof(float));
+    model_reserve(&deep, 8, 24, 16, 1);
+    model_forward(&deep, batch.x, 8, 24, 16);
     model_forward(&other, batch.x, 8, 24, 16);
-    check("more loops than S_max", !isfinite(model_loss(&other, batch.targets, batch.weights, 0)), 0, "S=16");
+    difference = model_loss(&deep, batch.targets, batch.weights, 0) - model_loss(&other, batch.targets, batch.weights, 0);
+    check("inference equals training", fabs(difference), 0, "S=16, beyond S_max");
+    model_free(&deep);
 
     // S = 1 is a plain transformer, and so is any S without a loop; with one, S matters
     other.config.loop_start = other.config.loop_end = 0;
@@ -480,12 +481,13 @@ static void check_tokenizer(const char *folder) {
     check("encoding", encodes_to(&t, "in<|endoftext|>an", "in|<|endoftext|>|an"), 0, "end of text");
     double wrong = 0;
     for (int k = 0; k < 300; k++) { // any bytes: random ones, and ones with many merges, letters and broken UTF-8
-        unsigned char text[700], back[700];
-        int n = k * 2 + 1, ids[700], length = 0;
+        unsigned char text[700];
+        int n = k * 2 + 1, ids[701];
         for (int i = 0; i < n; i++) text[i] = (unsigned char)(k % 2 ? random_bits(1, 0, k, i) : (unsigned char)" athein\n\xc3\xa9\xe2\x80\x9d\xf0\x9f\x98\x80'"[random_bits(1, 0, k, i) % 18]);
-        int count = (int)tokenizer_encode(&t, ids, (const char *)text, n, "test");
-        for (int i = 0; i < count; i++) memcpy(back + length, t.bytes[ids[i]], t.length[ids[i]]), length += t.length[ids[i]];
-        wrong += length != n || memcmp(back, text, n);
+        ids[0] = t.eot;
+        char *back = decode(&t, ids, 1 + (int)tokenizer_encode(&t, ids + 1, (const char *)text, n, "test"));
+        wrong += memcmp(back, text, n) || back[n];
+        free(back);
     }
     check("decode(encode(x)) = x, that differ", wrong, 0, "300 strings of any bytes");
     size_t n = 1 << 20; // one piece of a million letters must not take forever
@@ -589,6 +591,13 @@ static void check_command_line(const char *d) {
         snprintf(path[1], sizeof path[1], "%s/%s/model.bin", d, name);
         int step = peek_step(path[1], MODEL_MAGIC);
         check("stopped before its end", !(step >= 1 && step < 40), 0, "%s at step %d", name, step);
+        if (!how) {
+            char *copy = join_path(d, "step20.bin"), torn[1200];
+            edit_file(path[1], copy, -1, 0, -1);
+            free(copy);
+            snprintf(torn, sizeof torn, "printf 1 >>%s/killed/log.csv", d);
+            check("tear", system(torn), 0, "the log's last line");
+        }
         if (how) check("Ctrl-C, exit status", !(WIFEXITED(status) && WEXITSTATUS(status) == 130), 0, "130");
         check("resume, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/%s --resume", base, d, long_run, d, name), 0, "%s", name);
         for (int k = 0; k < 2; k++) {
@@ -602,9 +611,12 @@ static void check_command_line(const char *d) {
     }
 
     // a writer stopped between its two renames
-    snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && mv %s/between/model.bin %s/between/model.bin.tmp && cp %s/killed/model.bin %s/x && rm -f %s/x", d, d, d, d, d, d, d);
+    snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && mv %s/between/model.bin %s/between/model.bin.tmp && cp %s/step20.bin %s/between/model.bin", d, d, d, d, d, d);
     check("copy", system(path[0]), 0, "a checkpoint");
-    check("recovers an unfinished checkpoint", run(err, out, d, "train %s %s --out %s/between --resume", base, long_run, d), 0, "model still in model.bin.tmp");
+    check("recovers an unfinished checkpoint", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/between --resume", base, d, long_run, d), 0, "model of step 40 still in model.bin.tmp");
+    snprintf(path[0], sizeof path[0], "%s/whole/model.bin", d);
+    snprintf(path[1], sizeof path[1], "%s/between/model.bin", d);
+    check("recovers an unfinished checkpoint", files_differ(path[0], path[1]), 0, "bytes of model.bin");
 
     // commands that must work
     check("eval, exit status", run(err, out, d, "eval --model %s/whole --data %s/data2.bin --rows 20 --loops 1,4,16", d, d), 0, "loops 16 beyond 4");
@@ -715,7 +727,7 @@ static void check_command_line(const char *d) {
     expect_error(d, 1, "cannot", "train %s --steps 3 --out /dev/null/run", base);
 
     // a loss that is not finite stops training and names the last good checkpoint
-    expect_error(d, 1, "last good checkpoint is step 3", "train %s --steps 200 --lr 1e30 --clip 1e30 --warmup 0 --out %s/small --resume", base, d);
+    expect_error(d, 1, "last good checkpoint is step 3", "train %s --steps 200 --lr 1e30 --clip 1e30 --warmup 0 --save-every 1 --out %s/small --resume", base, d);
     check("sample after that, exit status", run(err, out, d, "sample --model %s/small", d), 0, "the checkpoint still works");
 }
 

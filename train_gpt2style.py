@@ -4,7 +4,7 @@ LoopMDM in PyTorch: the reference that loopmdm.c is checked against, to be read 
     python train_gpt2style.py train --data train.bin --tokenizer tokenizer.bin --model nano --out run/
     python train_gpt2style.py dump --out dev/reference
 
-`train` takes the options of `loopmdm train` and, from the same seed, uses the same initial parameters, batches, t, masks, loops and
+`train` takes the options of `loopmdm train` (and validates at S = 1, 2, 4, .. and S_max) and, from the same seed, uses the same initial parameters, batches, t, masks, loops and
 schedule; it reads and writes the same checkpoints and log.csv. `dump` writes the files that test_loopmdm.c reads
 (dev/reference/README.md has their format). Letters in shapes: B rows, T positions, C channels, NH heads, L layers, V tokens,
 S loops, R masked rows. Needs numpy and torch, nothing else.
@@ -44,6 +44,7 @@ PRESETS = {"d2": (32, 2, 2, 32, 1, 2, 4), "nano": (128, 6, 4, 128, 1, 3, 8), "d6
 
 
 def make_config(T, V, L, NH, C, a, b, S):
+    """A Config with the vocabulary padded: V+1 rounded up to a multiple of 64."""
     return Config(T, V, (V + 64) // 64 * 64, L, NH, C, a, b, S)
 
 
@@ -217,12 +218,13 @@ class LoopMDM(torch.nn.Module):
 # 4. Optimizer
 
 
-def make_optimizer(model, lr, weight_decay, fused=True):
+def make_optimizer(model, lr, weight_decay):
+    """AdamW with loopmdm's betas and epsilon; weight decay on matrices only."""
     decays = {True: [], False: []}
     for name, p in model.named_parameters():
         decays[is_matrix(name)].append(p)
     groups = [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def learning_rate(lr, floor, warmup, steps, step):
@@ -268,6 +270,8 @@ def data_open(pattern):
         header = np.fromfile(path, np.int32, 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1:
             sys.exit(f"{path} is not a token shard of version 1")
+        if os.path.getsize(path) != 1024 + 2 * int(header[2]):
+            sys.exit(f"{path} is damaged: its header says {header[2]} tokens, its size is {os.path.getsize(path)} bytes")
         shards.append(np.memmap(path, np.uint16, "r", 1024, (int(header[2]),)))
     if not shards:
         sys.exit(f"no data: no file matches {pattern}")
@@ -284,6 +288,7 @@ def data_row(shards, index, T, stride):
 
 
 def data_rows(shards, T, stride):
+    """How many rows of T tokens begin at multiples of stride, each within one shard."""
     return sum((len(s) - T) // stride + 1 for s in shards if len(s) >= T)
 
 
@@ -294,6 +299,7 @@ def data_batch(shards, seed, step, first_row, B, T):
 
 
 def write_floats(path, header, parts):
+    """Writes header (256) int32, with its CRC-32, and float32 arrays to path.tmp, which the caller renames to path."""
     header[12] = 0
     data = [np.ascontiguousarray(p, np.float32).tobytes() for p in parts]
     crc = zlib.crc32(header.tobytes())
@@ -330,6 +336,7 @@ def split_tensors(c, floats):
 
 
 def checkpoint_save(model, optimizer, folder, step, rows, seed, flops):
+    """model.bin and optimizer.bin as loopmdm writes them: step done, rows in a step, seed, FLOPs spent so far."""
     header = np.zeros(256, np.int32)
     header[:12] = [MODEL_MAGIC, 1, *astuple(model.config), step]
     params = [p.detach().numpy() for _, p in model.named_parameters()]
@@ -355,12 +362,12 @@ def checkpoint_load(folder):
 
 
 def checkpoint_resume(model, optimizer, folder):
-    """Fills the optimizer's moments; returns the FLOPs spent so far."""
+    """Fills the optimizer's moments; returns the FLOPs spent so far, the rows in a step and the seed."""
     header, floats = read_floats(os.path.join(folder, "optimizer.bin"), OPTIMIZER_MAGIC)
     m, v = (split_tensors(model.config, half) for half in np.split(floats, 2))
     for name, p in model.named_parameters():
         optimizer.state[p] = {"step": torch.tensor(float(header[11])), "exp_avg": m[name], "exp_avg_sq": v[name]}
-    return float(header[6:8].view(np.float64)[0])
+    return float(header[6:8].view(np.float64)[0]), int(header[2]), int(header[4:6].view(np.uint64)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,7 +454,8 @@ def dump(path, c, seed, B, T, loops):
     shards, model = [tokens], LoopMDM(c, params)
     targets = np.stack([data_row(shards, b, T, 1) for b in range(B)])
     x, t, weights = add_noise(c, targets, seed, 0, 0, B)
-    out = {"config": np.array(astuple(c)), "seed": np.array([seed]), "loops": np.array(loops), "tokens": tokens.astype(np.int32),
+    initial = b"".join(v.numpy().tobytes() for v in init_parameters(c, seed).values())
+    out = {"config": np.array(astuple(c)), "init_crc": np.array([zlib.crc32(initial)], np.uint32).view(np.int32), "seed": np.array([seed]), "loops": np.array(loops), "tokens": tokens.astype(np.int32),
            "targets": targets, "x": x, "t": t, "weights": weights}
     out.update((f"params/{name}", value.numpy()) for name, value in params.items())
     for S in loops:
@@ -497,26 +505,37 @@ LARGE_CASES = {
 
 
 def train(o):
+    """The train command, with parsed options; ends the program with one line if they or the files make no sense."""
     if o.tokenizer:
         o.vocab = int(np.fromfile(o.tokenizer, np.uint32, 3)[2])
     if not o.vocab:
         sys.exit("train needs --tokenizer, or --vocab for the number of tokens")
     T, L, NH, C, a, b, S = PRESETS[o.model]
-    a, b = (int(v) for v in o.loop.split(":")) if o.loop else (a, b)
+    if o.loop:
+        try:
+            a, b = (int(v) for v in o.loop.split(":"))
+        except ValueError:
+            sys.exit(f"--loop takes two layers such as 1:3, not '{o.loop}'")
     c = make_config(o.seq_len or T, o.vocab, o.layers or L, o.heads or NH, o.channels or C, a, b, o.max_loops or S)
     shards, val, begin, flops = data_open(o.data), data_open(o.val_data) if o.val_data else None, 0, 0.0
     os.makedirs(o.out, exist_ok=True)
     if o.resume:
         model, begin = checkpoint_load(o.out)
+        if model.config != c:
+            sys.exit(f"--resume: {o.out} holds a model of another shape: {model.config}")
     else:
+        if os.path.exists(os.path.join(o.out, "model.bin")):
+            sys.exit(f"{o.out} already holds a model: continue it with --resume, or choose another --out")
         model = LoopMDM(c, init_parameters(c, o.seed))
         if o.tokenizer:
             shutil.copyfile(o.tokenizer, os.path.join(o.out, "tokenizer.bin"))
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
     if o.resume:
-        flops = checkpoint_resume(model, optimizer, o.out)
+        flops, rows, seed = checkpoint_resume(model, optimizer, o.out)
+        if (rows, seed) != (o.batch * o.accum, o.seed):
+            sys.exit(f"--resume: this run was begun with --seed {seed} and --batch times --accum = {rows}")
     loss_function = torch.compile(model.loss) if o.compile else model.loss
-    loops = sorted({1, max(1, c.max_loops // 2), c.max_loops})
+    loops = sorted({min(2**i, c.max_loops) for i in range(11)})
     path = os.path.join(o.out, "log.csv")
     kept = [line for line in open(path).readlines()[1:] if int(line.split(",")[0]) <= begin] if o.resume and os.path.exists(path) else []
     log = open(path, "w")

@@ -6,6 +6,7 @@ mkdir -p build/test
 python=.venv/bin/python
 flags="-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
 passed=0 failed=0
+: "${CC:=cc}" "${ARCH:=}"
 
 # part NAME COMMAND...: runs it, and adds up what its last line counts; a part that ends without one has failed
 part() {
@@ -25,27 +26,28 @@ compilers() {
     local ok=0 bad=0 cc
     for cc in "gcc -std=c11" "clang -std=c11" "g++ -x c++ -std=c++17" "clang++ -x c++ -std=c++17"; do
         command -v "${cc%% *}" >/dev/null || continue
-        for options in "-O3 -march=native -fopenmp" "-O3 -march=native" "-O2"; do
+        for options in "-O3 $ARCH -fopenmp" "-O3 $ARCH" "-O2"; do
             case "$options" in
                 *openmp*) echo '#include <omp.h>' | $cc -fopenmp -E - >/dev/null 2>&1 || continue ;;
             esac
             if $cc $options $flags loopmdm.c -o build/test/compiled -lm; then ok=$((ok + 1)); echo "ok    $cc $options"; else bad=$((bad + 1)); echo "FAIL  $cc $options"; fi
         done
     done
+    [ $ok -gt 0 ] || bad=$((bad + 1))
     echo "$ok passed, $bad failed"
 }
 
 build_and_run() { # NAME, compiler flags, reference files: builds program and test with these flags, and runs them
     local name=$1 options=$2
     shift 2
-    ${CC:-cc} -std=c11 $options $flags loopmdm.c -o "build/test/loopmdm_$name" -lm &&
-        ${CC:-cc} -std=c11 $options $flags test_loopmdm.c -o "build/test/test_$name" -lm && "build/test/test_$name" "build/test/loopmdm_$name" "$@"
+    $CC -std=c11 $options $flags loopmdm.c -o "build/test/loopmdm_$name" -lm &&
+        $CC -std=c11 $options $flags test_loopmdm.c -o "build/test/test_$name" -lm && "build/test/test_$name" "build/test/loopmdm_$name" "$@"
 }
 
 part compilers compilers
 $python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
 part reference build/test_loopmdm ./loopmdm dev/reference/*.bin build/test/reference/*.bin
-part without_openmp build_and_run plain "-O3 -march=native" dev/reference/*.bin
+part without_openmp build_and_run plain "-O3 $ARCH" dev/reference/*.bin
 part portable build_and_run portable "-O2" dev/reference/*.bin
 export ASAN_OPTIONS=detect_leaks=0 # memory is left to the end of the process on purpose
 part sanitizers build_and_run sanitized "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" dev/reference/*.bin

@@ -116,9 +116,9 @@ def check_training(data):
     run("./loopmdm", "train", *model, "--out", c, "--steps", "5", "--warmup", "3")
     m, step = reference.checkpoint_load(c)
     optimizer = reference.make_optimizer(m, 1e-3, 0.1)
-    flops = reference.checkpoint_resume(m, optimizer, c)
+    flops, rows, seed = reference.checkpoint_resume(m, optimizer, c)
     os.makedirs(back)
-    reference.checkpoint_save(m, optimizer, back, step, 8, 1, flops)
+    reference.checkpoint_save(m, optimizer, back, step, rows, seed, flops)
     for name in ("model.bin", "optimizer.bin"):
         check(f"{name}: C -> PyTorch -> C, bytes that differ", float((np.fromfile(f"{c}/{name}", np.uint8) != np.fromfile(f"{back}/{name}", np.uint8)).sum()))
     for folder, command in ((c, ["./loopmdm", "train", *model]), (back, python)):
