@@ -45,12 +45,15 @@ build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
 	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),40000,1000) --output build/stories_$*.txt
 	./loopmdm tokenize --tokenizer $(TOKENIZER) --input build/stories_$*.txt --output $@
 
-TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 8000 --lr 3e-3 --warmup 300 --clip 0.5 --weight-decay 0.01 --val-every 2000 --save-every 1000
+TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 10000 --lr 3e-3 --warmup 300 --clip 0.5 \
+	--weight-decay 0.01 --val-every 2000 --save-every 1000
+FILL = 'Lily had a blue ____ and played with it every day. One day, she could not ____ it. She looked under the ____, but it was not ____.'
 train: loopmdm $(STORIES)
-	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run $(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
+	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run \
+		$(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
 	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8
-	./loopmdm sample --model build/run -n 3
-	./loopmdm sample --model build/run --fill 'Tom had a red ____. One day, he could not find his red ____.'
+	./loopmdm sample --model build/run -n 3 --steps 96 --temperature 0.7
+	./loopmdm sample --model build/run --fill $(FILL) --temperature 0
 
 check: loopmdm build/test_loopmdm
 	build/test_loopmdm ./loopmdm dev/reference/*.bin

@@ -38,6 +38,7 @@ work is divided so that every sum is taken in the same order whoever computes it
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -921,10 +922,10 @@ typedef struct { Shard *shards; int num_shards; int64_t total; } Data;
 // Maps a whole file into memory for reading; dies if it is missing, or shorter than a header with this magic number.
 static const unsigned char *map_file(const char *path, uint32_t magic, const char *kind, size_t *size) {
     struct stat info;
-    int file = open(path, O_RDONLY);
+    int file = open(path, O_RDONLY | O_NONBLOCK); // so as not to wait for somebody to write into a pipe
     if (file < 0 || fstat(file, &info)) die(FAILED, "cannot open %s %s: %s", kind, path, strerror(errno));
     *size = (size_t)info.st_size;
-    if (S_ISDIR(info.st_mode)) die(FAILED, "%s is a folder, not a %s", path, kind);
+    if (!S_ISREG(info.st_mode)) die(FAILED, "%s is a %s, not a %s", path, S_ISDIR(info.st_mode) ? "folder" : "device or pipe", kind);
     if (*size < HEADER_INTS * 4) die(FAILED, "%s is too short for a %s: empty or cut off", path, kind);
     void *map = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, file, 0);
     if (map == MAP_FAILED) die(FAILED, "cannot map %s: %s", path, strerror(errno));
@@ -1041,6 +1042,7 @@ static Tokenizer tokenizer_open(const char *path) {
         while (t.table[i] >= 0) i = (i + 1) & (t.table_size - 1);
         t.table[i] = id;
     }
+    if (at != size) die(FAILED, "%s is damaged: %zu bytes follow its last token", path, size - at);
     for (int b = 0; b < 256; b++) {
         unsigned char byte = (unsigned char)b;
         t.byte_id[b] = tokenizer_find(&t, &byte, 1);
@@ -1194,6 +1196,8 @@ typedef struct { const void *data; size_t bytes; } Part;
 // Writes a file's parts to path.tmp, and sees that they are on the disk. On any error the unfinished file goes, and all others
 // are as they were.
 static void write_temporary(const char *path, const Part *parts, int n) {
+    struct stat info;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode)) die(FAILED, "cannot write %s: it is a folder, device or pipe", path);
     char *temporary = concat(path, ".tmp");
     FILE *file = fopen(temporary, "wb");
     int failed = !file;
@@ -1210,7 +1214,11 @@ static void write_temporary(const char *path, const Part *parts, int n) {
 
 static void commit_file(const char *path) { // path.tmp becomes path
     char *temporary = concat(path, ".tmp");
-    if (rename(temporary, path)) die(FAILED, "cannot rename %s: %s", temporary, strerror(errno));
+    if (rename(temporary, path)) {
+        int error = errno;
+        unlink(temporary);
+        die(FAILED, "cannot write %s: %s", path, strerror(error));
+    }
     free(temporary);
 }
 
@@ -1295,6 +1303,7 @@ static int checkpoint_load(Model *m, const char *folder) {
     read_tensors(path, MODEL_MAGIC, "model", header, NULL, 0, 0);
     Config c = header_config(header);
     if (config_error(c)) die(FAILED, "%s is damaged: %s", path, config_error(c));
+    if (header[HEADER_STEP] < 0) die(FAILED, "%s is damaged: it says step %d", path, header[HEADER_STEP]);
     model_build(m, c);
     read_tensors(path, MODEL_MAGIC, "model", header, &m->params.data, 1, m->params.total);
     free(path);
@@ -1536,11 +1545,16 @@ static void print_help(int command) {
     }
 }
 
+__attribute__((noreturn)) static void finish(void) { // what was printed must have arrived
+    if (fflush(stdout) || ferror(stdout)) die(FAILED, "cannot write to standard output: %s", strerror(errno));
+    exit(0);
+}
+
 static void parse_options(int command, int argc, char **argv) {
     for (int a = 2; a < argc; a++) {
         if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
             print_help(command);
-            exit(0);
+            finish();
         }
         const char *name = argv[a] + strspn(argv[a], "-"), *equals = strchr(name, '=');
         size_t length = equals ? (size_t)(equals - name) : strlen(name);
@@ -1558,6 +1572,7 @@ static void parse_options(int command, int argc, char **argv) {
         char *end;
         errno = 0;
         if (options[i].type == 's') {
+            if (!*value) die(USAGE, "--%s is empty: %s", options[i].name, options[i].help);
             *(const char **)to = value;
             continue;
         }
@@ -1573,7 +1588,8 @@ static void parse_options(int command, int argc, char **argv) {
         }
     }
 #ifdef _OPENMP
-    if (opt_threads) omp_set_num_threads(min_int(opt_threads, 1024));
+    if (opt_threads > 1024) die(USAGE, "--threads is %d; at most 1024", opt_threads);
+    if (opt_threads) omp_set_num_threads(opt_threads);
 #endif
 }
 
@@ -1613,7 +1629,7 @@ static Config config_from_options(int vocab_size) {
     if (opt_heads > 0) c.heads = opt_heads;
     if (opt_channels > 0) c.channels = opt_channels;
     if (opt_max_loops > 0) c.max_loops = opt_max_loops;
-    if (opt_loop && (sscanf(opt_loop, "%d:%d%n", &c.loop_start, &c.loop_end, &used) != 2 || opt_loop[used]))
+    if (opt_loop && (sscanf(opt_loop, "%9d:%9d%n", &c.loop_start, &c.loop_end, &used) != 2 || opt_loop[used]))
         die(USAGE, "--loop takes two layers such as 1:3, not '%s'", opt_loop);
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     return c;
@@ -1679,15 +1695,12 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     Progress p = {0, opt_batch * opt_accum, opt_seed, 0};
     char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin");
     make_folders(opt_out);
+    if (flock(open(opt_out, O_RDONLY), LOCK_EX | LOCK_NB)) die(FAILED, "--out: another training is writing into %s", opt_out); // until the end
     if (!opt_resume) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
         init_parameters(&m->params, c, opt_seed);
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
-        if (opt_tokenizer) {
-            Part part = {tokenizer->file, tokenizer->file_size};
-            write_file(copy, &part, 1);
-        }
     } else {
         checkpoint_recover(opt_out);
         int step = checkpoint_load(m, opt_out);
@@ -1696,6 +1709,11 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
         p = checkpoint_resume(m, opt_out, step);
         if (p.seed != opt_seed || p.rows != opt_batch * opt_accum)
             die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
+    }
+    if (p.step > opt_steps) die(USAGE, "--resume: %s is at step %d already, beyond --steps %d", saved, p.step, opt_steps);
+    if (opt_tokenizer) {
+        Part part = {tokenizer->file, tokenizer->file_size};
+        write_file(copy, &part, 1);
     }
     free(saved), free(copy);
     return p;
@@ -1720,7 +1738,7 @@ static void train(void) {
         if (opt_vocab >= 0 && opt_vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt_vocab, opt_tokenizer, tokenizer.vocab_size);
     }
     Config c = config_from_options(opt_tokenizer ? tokenizer.vocab_size : opt_vocab);
-    if ((double)opt_batch * opt_accum * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch %d --accum %d are too many rows of %d tokens", opt_batch, opt_accum, c.max_seq_len);
+    if (fmax((double)opt_batch * opt_accum, opt_val_rows) * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", c.max_seq_len);
     int rows = opt_batch * opt_accum, T = c.max_seq_len;
     Data data = data_open(opt_data, c.vocab_size, T), val;
     if (opt_val_data) {
@@ -1733,7 +1751,6 @@ static void train(void) {
     Progress p = train_begin(&m, c, &tokenizer);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    signal(SIGXFSZ, SIG_IGN); // a file size limit is then an error like a full disk
     FILE *log = open_log(opt_out, p.step, val_loops, num_val);
     printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end,
            c.max_loops, (long long)data.total);
@@ -1742,7 +1759,7 @@ static void train(void) {
     Batch batch = batch_build(opt_batch, T);
     double began = seconds(), shown = began, loss_sum = 0;
     int begin = p.step, saved = opt_resume ? begin : -1, loss_count = 0;
-    while (p.step < opt_steps && !(interrupted && p.step > begin)) { // an interrupted run has done a step at least
+    while (p.step < opt_steps) {
         double step_began = seconds();
         Gradient g = train_gradient(&m, &data, batch, dist, opt_seed, p.step, rows, opt_batch);
         if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
@@ -1753,7 +1770,7 @@ static void train(void) {
         loss_count++;
 
         double now = seconds(), per_step = (now - began) / (p.step - begin);
-        int last = p.step == opt_steps, validates = num_val && (p.step % opt_val_every == 0 || last);
+        int last = p.step == opt_steps, stop = interrupted, validates = num_val && !stop && (p.step % opt_val_every == 0 || last);
         fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * T / (now - step_began), p.flops);
         if (validates || last || p.step == begin + 1 || now - shown > 5) { // the mean loss since the line before: 1/t makes single losses noisy
             int left = (int)(per_step * (opt_steps - p.step));
@@ -1772,19 +1789,19 @@ static void train(void) {
         }
         fputc('\n', log);
         if (fflush(stdout) || fflush(log)) die(FAILED, "cannot write log.csv in %s, or standard output: %s", opt_out, strerror(errno));
-        if (p.step % opt_save_every == 0 || last || interrupted) { // a model is saved only if it still gives a finite loss
+        if (p.step % opt_save_every == 0 || last || stop) { // a model is saved only if it still gives a finite loss
             double error, now_loss = evaluate(&m, &data, c.max_loops, opt_batch, opt_batch, opt_seed, &error);
             if (!isfinite(now_loss)) stop_training(p.step, now_loss, g.norm, saved);
             checkpoint_save(&m, opt_out, p);
             saved = p.step;
         }
         began += seconds() - now; // neither validating nor saving counts in tokens/s
+        if (stop && !last) {
+            printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", p.step, opt_out);
+            exit(130);
+        }
     }
     fclose(log), batch_free(batch), model_free(&m);
-    if (interrupted && p.step < opt_steps) {
-        printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", p.step, opt_out);
-        exit(130);
-    }
     printf("step %d of %d is done; the model is in %s\n", p.step, opt_steps, opt_out);
 }
 
@@ -1799,6 +1816,7 @@ static void eval(void) {
     printf("loops  passes  NELBO, nats/token  perplexity at most  GFLOP/row  tokens/s\n");
     for (int i = 0; i < n; i++) {
         double began = seconds(), error, nelbo = evaluate(&m, &data, loops[i], opt_rows, min_int(opt_batch, opt_rows), opt_seed, &error);
+        if (!isfinite(nelbo)) die(FAILED, "--model: the loss of %s is %g at %d loops: its training went wrong", opt_model, nelbo, loops[i]);
         printf("%5d  %6d    %.4f +- %.4f  %18.2f  %9.3f  %8.0f\n", loops[i], num_passes(m.config, loops[i]), nelbo, error, exp(nelbo),
                flops_per_token(m.config, T, loops[i], 0.5, 0) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
         fflush(stdout);
@@ -1869,7 +1887,7 @@ static void sample_command(void) {
     Model m;
     int order = choose("order", opt_order, orders, 2), loops;
     if (!opt_model) die(USAGE, "sample needs --model; see loopmdm sample --help");
-    if (opt_prompt && opt_fill) die(USAGE, "--prompt and --fill exclude each other");
+    if (opt_fill && (opt_prompt || opt_length >= 0)) die(USAGE, "--fill excludes --prompt and --length");
     checkpoint_load(&m, opt_model);
     Tokenizer t = model_tokenizer(&m, opt_model);
     int mask = m.config.vocab_size, most = m.config.max_seq_len, T = opt_length < 0 ? most : opt_length;
@@ -1921,7 +1939,7 @@ static void print_token(const Tokenizer *t, int id) { // what is no printable ch
 
 static void tokenize(void) {
     if (!opt_tokenizer) die(USAGE, "tokenize needs --tokenizer; see loopmdm tokenize --help");
-    if (!opt_text == !opt_input || (opt_input && !opt_output)) die(USAGE, "tokenize takes either --text, or --input and --output");
+    if (!opt_text == !opt_input || !opt_input != !opt_output) die(USAGE, "tokenize takes either --text, or --input and --output");
     Tokenizer t = tokenizer_open(opt_tokenizer);
     if (opt_text) {
         int *ids = (int *)allocate(strlen(opt_text), sizeof(int), "tokens"), n = (int)tokenizer_encode(&t, ids, opt_text, strlen(opt_text), "--text");
@@ -1930,9 +1948,13 @@ static void tokenize(void) {
         free(ids);
         return;
     }
+    struct stat info, other;
+    if (stat(opt_input, &info)) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die(FAILED, "cannot read %s: it is a folder, device or pipe", opt_input);
+    if (!stat(opt_output, &other) && other.st_dev == info.st_dev && other.st_ino == info.st_ino) die(USAGE, "--output is --input: %s", opt_input);
+    if (!strcmp(opt_output, opt_tokenizer)) die(USAGE, "--output is --tokenizer: %s", opt_output);
     FILE *in = fopen(opt_input, "rb");
-    struct stat info;
-    if (!in || fstat(fileno(in), &info) || !S_ISREG(info.st_mode)) die(FAILED, "cannot read %s: %s", opt_input, in ? "not a file" : strerror(errno));
+    if (!in) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     if (info.st_size == 0 || info.st_size >= INT_MAX) die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt_input, (long long)info.st_size);
     size_t size = (size_t)info.st_size, count = 0;
     char *text = (char *)allocate(size, 1, "the text");
@@ -2010,17 +2032,21 @@ static void flops(void) {
 
 int main(int argc, char **argv) {
     static void (*const run[])(void) = {train, eval, sample_command, tokenize, info, flops};
+    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
+    int file; // if a standard stream is closed, no file opened later must take its place
+    while ((file = open("/dev/null", O_RDWR)) >= 0 && file < 3) {}
+    close(file);
     for (int i = 0; argc > 1 && i < NUM_COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) {
             parse_options(i, argc, argv);
             run[i]();
-            if (fflush(stdout) || ferror(stdout)) die(FAILED, "cannot write to standard output: %s", strerror(errno));
-            return 0;
+            finish();
         }
     int help = argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"));
     FILE *to = help ? stdout : stderr;
     if (argc > 1 && !help) die(USAGE, "there is no command %s; see loopmdm --help", argv[1]);
     fprintf(to, "usage: loopmdm COMMAND [options]; loopmdm COMMAND --help lists them\n\n");
     for (int i = 0; i < NUM_COMMANDS; i++) fprintf(to, "  %-9s %.*s\n", commands[i].name, (int)strcspn(commands[i].about, "\n"), commands[i].about);
-    return help ? 0 : USAGE;
+    if (help) finish();
+    return USAGE;
 }
