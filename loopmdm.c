@@ -288,7 +288,7 @@ enum { VECTOR = 4, MR = 12 };
 #else
 enum { VECTOR = 4, MR = 6 };
 #endif
-enum { NR = 2 * VECTOR, KC = 256, MC = 96, NT = 256, NC = 4096 };
+enum { NR = 2 * VECTOR, KC = 384, MC = 48, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // Memory that each thread keeps for as long as it lives, by use: the packed operands, and attention's tiles.

@@ -38,10 +38,12 @@
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 // ------------------------------------------------------------------------------------------------
 // The stories. Keep the words few: each new one is one more for the model to learn.
@@ -361,7 +363,12 @@ int main(int argc, char **argv) {
 
     FILE *out = stdout;
     char *temporary = NULL;
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
+#endif
     if (path) {
+        struct stat info;
+        if (!stat(path, &info) && !S_ISREG(info.st_mode)) die(1, "%s is a folder, device or pipe; choose another --output", path);
         size_t size = strlen(path) + sizeof ".tmp";
         temporary = malloc(size);
         if (!temporary) die(1, "out of memory");
