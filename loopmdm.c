@@ -390,7 +390,8 @@ static void matmul_forward(float *out, const float *inp, const float *weight, co
 }
 
 // dinp (M,C) = dout (M,OC) weight;  dweight (OC,C) += dout^T inp;  dbias (OC) += column sums of dout
-static void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight, int M, int C, int OC) {
+static void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
+                            const float *weight, int M, int C, int OC) {
     gemm(M, C, OC, dout, OC, 1, weight, C, 1, dinp, C, NULL, 0);
     gemm(OC, C, M, dout, 1, OC, inp, C, 1, dweight, C, NULL, 1);
     if (!dbias) return;
@@ -770,7 +771,8 @@ static const float *pass_input(const Model *m, int p) {
 // x (B,T) -> the residual stream after the last pass (B,T,C), in its RES3
 static void model_forward(Model *m, const int *x, int B, int T, int S) {
     int C = m->config.channels, NH = m->config.heads, BT = B * T;
-    if (B * T > m->max_B * m->max_T || T > m->max_T || (m->training && S > m->max_S)) die(FAILED, "a forward of %d rows of %d tokens, %d loops is more than was reserved", B, T, S);
+    if (B * T > m->max_B * m->max_T || T > m->max_T || (m->training && S > m->max_S))
+        die(FAILED, "a forward of %d rows of %d tokens, %d loops is more than was reserved", B, T, S);
     m->B = B, m->T = T, m->S = S;
     memcpy(m->x, x, BT * sizeof(int));
     encoder_forward(m->encoded, x, m->params.tensor[WTE], m->params.tensor[WPE], B, T, C);
@@ -971,10 +973,12 @@ static Data data_open(const char *pattern, int vocab_size, int T) {
         Shard s = {(const uint16_t *)(file + HEADER_INTS * 4), header[2]};
         if (header[1] != 1) die(FAILED, "%s is a token shard of version %d; this program reads version 1", path, header[1]);
         if (s.count < 1 || size != HEADER_INTS * 4 + (size_t)s.count * 2)
-            die(FAILED, "%s is damaged: its header says %lld tokens, its size %lld", path, (long long)s.count, (long long)(size - HEADER_INTS * 4) / 2);
+            die(FAILED, "%s is damaged: its header says %lld tokens, its size %lld", path, (long long)s.count,
+                (long long)(size - HEADER_INTS * 4) / 2);
         for (int64_t j = 0; j < s.count; j++)
             if (s.tokens[j] >= vocab_size)
-                die(FAILED, "%s: token %lld is %d, outside the vocabulary of %d: was it made with another tokenizer?", path, (long long)j, s.tokens[j], vocab_size);
+                die(FAILED, "%s: token %lld is %d, outside the vocabulary of %d: was it made with another tokenizer?", path,
+                    (long long)j, s.tokens[j], vocab_size);
         d.shards[i] = s;
         d.total += s.count;
     }
@@ -1133,20 +1137,27 @@ static int encode_piece(const Tokenizer *t, int *ids, const unsigned char *s, in
     return count;
 }
 
+// Where the end-of-text token's own text next stands in s, from begin on; n if nowhere.
+static size_t find_eot(const Tokenizer *t, const char *s, size_t begin, size_t n) {
+    size_t length = t->length[t->eot];
+    for (; length && begin + length <= n; begin++)
+        if (s[begin] == (char)t->bytes[t->eot][0] && !memcmp(s + begin, t->bytes[t->eot], length)) return begin;
+    return n;
+}
+
 // Text of n bytes (any bytes, less than 2 GiB) -> ids (n at most), and their count. The end-of-text token's own text stands for itself.
 // source names the text in the error message about a byte without a token.
 static size_t tokenizer_encode(const Tokenizer *t, int *ids, const char *text, size_t n, const char *source) {
-    const unsigned char *s = (const unsigned char *)text, *eot = t->bytes[t->eot];
-    size_t eot_length = t->length[t->eot], count = 0;
+    const unsigned char *s = (const unsigned char *)text;
+    size_t count = 0;
     for (size_t begin = 0; begin < n;) {
-        size_t end = begin;
-        while (end < n && !(eot_length && end + eot_length <= n && s[end] == eot[0] && !memcmp(s + end, eot, eot_length))) end++;
+        size_t end = find_eot(t, text, begin, n);
         while (begin < end) {
             int length = piece_length(s + begin, (int)(end - begin));
             count += encode_piece(t, ids + count, s + begin, length, source);
             begin += length;
         }
-        if (end < n) ids[count++] = t->eot, begin += eot_length;
+        if (end < n) ids[count++] = t->eot, begin += t->length[t->eot];
     }
     return count;
 }
@@ -1418,9 +1429,11 @@ static int sample_token(const float *logits, int V, double temperature, double u
 //   token is revealed with probability (t - s) / t = 1 / (steps - step).
 // confidence: LLaDA's low-confidence remasking. All masked tokens are predicted, and the most confident are kept, an equal
 //   share in every step.
-static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_row, void (*show)(const int *x, int T, int step, void *), void *show_data) {
+static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_row,
+                   void (*show)(const int *x, int T, int step, void *), void *show_data) {
     int BT = B * T, mask = m->config.vocab_size;
-    int *candidates = (int *)allocate(2 * (size_t)BT + 2 * (size_t)B, sizeof(int), "sampling"), *token = candidates + BT, *blanks = token + BT, *quota = blanks + B;
+    int *candidates = (int *)allocate(BT, sizeof(int), "sampling"), *token = (int *)allocate(BT, sizeof(int), "sampling");
+    int *blanks = (int *)allocate(B, sizeof(int), "sampling"), *quota = (int *)allocate(B, sizeof(int), "sampling");
     double *confidence = (double *)allocate(BT, sizeof(double), "sampling");
     for (int i = 0; i < BT; i++) blanks[i / T] += x[i] == mask;
     for (int step = 0; step < o.steps; step++) {
@@ -1453,7 +1466,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
             }
         if (show) show(x, T, step, show_data);
     }
-    free(candidates), free(confidence);
+    free(candidates), free(token), free(blanks), free(quota), free(confidence);
 }
 
 // =====================================================================================================================
@@ -1465,7 +1478,8 @@ static const struct { const char *name; int flag; const char *about; } commands[
     {"train", TRAIN, "Trains a model on token shards; writes model.bin, optimizer.bin, tokenizer.bin and log.csv into --out."},
     {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops."},
     {"sample", SAMPLE, "Writes text: from nothing, from a beginning (--prompt), or into the blanks of a template (--fill)."},
-    {"tokenize", TOKENIZE, "Encodes text: --text shows its tokens; --input and --output turn a file into a token shard,\nstories separated by the end-of-text token's own text, <|endoftext|>."},
+    {"tokenize", TOKENIZE, "Encodes text: --text shows its tokens; --input and --output turn a file into a token shard,\n"
+                           "stories separated by the end-of-text token's own text, <|endoftext|>."},
     {"info", INFO, "Prints the configuration, parameters and memory of a trained model or a preset."},
     {"flops", FLOPS, "Prints the exact floating point operations of the matrix products, per token, by number of loops."},
 };
@@ -1530,13 +1544,15 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"seed", TRAIN | EVAL | SAMPLE, 'u', &opt_seed, 0, "N", "seed of all randomness"},
     {"threads", TRAIN | EVAL | SAMPLE, 'i', &opt_threads, 1, "N", "threads (default: one for each core)"},
 };
-enum { NUM_OPTIONS = sizeof options / sizeof *options, NUM_COMMANDS = sizeof commands / sizeof *commands, NUM_PRESETS = sizeof presets / sizeof *presets };
+#define COUNT(array) (int)(sizeof(array) / sizeof(array)[0])
+enum { NUM_OPTIONS = COUNT(options), NUM_COMMANDS = COUNT(commands), NUM_PRESETS = COUNT(presets) };
 
 static void print_help(int command) {
     printf("usage: loopmdm %s [options]\n%s\n\n", commands[command].name, commands[command].about);
     for (int i = 0; i < NUM_OPTIONS; i++) {
         if (!(options[i].commands & commands[command].flag)) continue;
-        printf("  %s%s %-*s%s", options[i].name[1] ? "--" : "-", options[i].name, (int)(21 - strlen(options[i].name) + !options[i].name[1]), options[i].argument, options[i].help);
+        int one_letter = !options[i].name[1];
+        printf("  %s%s %-*s%s", one_letter ? "-" : "--", options[i].name, 21 - (int)strlen(options[i].name) + one_letter, options[i].argument, options[i].help);
         if (options[i].type == 'i' && *(int *)options[i].value > 0) printf(" (default %d)", *(int *)options[i].value);
         if (options[i].type == 'f') printf(" (default %g)", *(double *)options[i].value);
         if (options[i].type == 'u') printf(" (default %llu)", (unsigned long long)*(uint64_t *)options[i].value);
@@ -1558,8 +1574,9 @@ static void parse_options(int command, int argc, char **argv) {
         }
         const char *name = argv[a] + strspn(argv[a], "-"), *equals = strchr(name, '=');
         size_t length = equals ? (size_t)(equals - name) : strlen(name);
-        int i = 0;
-        while (i < NUM_OPTIONS && (argv[a][0] != '-' || !(options[i].commands & commands[command].flag) || strlen(options[i].name) != length || memcmp(options[i].name, name, length))) i++;
+        int i = argv[a][0] == '-' ? 0 : NUM_OPTIONS;
+        for (; i < NUM_OPTIONS; i++)
+            if ((options[i].commands & commands[command].flag) && strlen(options[i].name) == length && !memcmp(options[i].name, name, length)) break;
         if (i == NUM_OPTIONS) die(USAGE, "%s has no option %s; see loopmdm %s --help", commands[command].name, argv[a], commands[command].name);
         void *to = options[i].value;
         if (options[i].type == 'b') {
@@ -1582,7 +1599,8 @@ static void parse_options(int command, int argc, char **argv) {
         if (options[i].type == 'f') *(double *)to = number;
         else {
             long long integer = strtoll(value, &end, 10);
-            if (*end || errno || (options[i].type == 'i' && integer > INT_MAX)) die(USAGE, "--%s takes a whole number, not '%s'", options[i].name, value);
+            if (*end || errno || (options[i].type == 'i' && integer > INT_MAX))
+                die(USAGE, "--%s takes a whole number, not '%s'", options[i].name, value);
             if (options[i].type == 'i') *(int *)to = (int)integer;
             else *(uint64_t *)to = (uint64_t)integer;
         }
@@ -1607,7 +1625,8 @@ static int parse_loops(const char *text, int *loops, int most) {
     char *end;
     do {
         long S = strtol(text, &end, 10);
-        if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most) die(USAGE, "--loops takes numbers from 1, such as 4 or 1,2,4, not '%s'", opt_loops);
+        if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most)
+            die(USAGE, "--loops takes numbers from 1, such as 4 or 1,2,4, not '%s'", opt_loops);
         loops[n++] = (int)S;
         text = end + 1;
     } while (*end);
@@ -1640,7 +1659,8 @@ static Tokenizer model_tokenizer(const Model *m, const char *folder) {
     char *path = join_path(folder, "tokenizer.bin");
     Tokenizer t = tokenizer_open(opt_tokenizer ? opt_tokenizer : path);
     if (t.vocab_size != m->config.vocab_size)
-        die(FAILED, "%s has %d tokens, the model in %s %d: they do not belong together", opt_tokenizer ? opt_tokenizer : path, t.vocab_size, folder, m->config.vocab_size);
+        die(FAILED, "%s has %d tokens, the model in %s %d: they do not belong together", opt_tokenizer ? opt_tokenizer : path, t.vocab_size,
+            folder, m->config.vocab_size);
     free(path);
     return t;
 }
@@ -1704,7 +1724,8 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     } else {
         checkpoint_recover(opt_out);
         int step = checkpoint_load(m, opt_out);
-        if (memcmp(&m->config, &c, sizeof c)) die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
+        if (memcmp(&m->config, &c, sizeof c))
+            die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
         p = checkpoint_resume(m, opt_out, step);
         if (p.seed != opt_seed || p.rows != opt_batch * opt_accum)
@@ -1735,10 +1756,12 @@ static void train(void) {
     Tokenizer tokenizer;
     if (opt_tokenizer) {
         tokenizer = tokenizer_open(opt_tokenizer);
-        if (opt_vocab >= 0 && opt_vocab != tokenizer.vocab_size) die(USAGE, "--vocab is %d, but %s has %d tokens", opt_vocab, opt_tokenizer, tokenizer.vocab_size);
+        if (opt_vocab >= 0 && opt_vocab != tokenizer.vocab_size)
+            die(USAGE, "--vocab is %d, but %s has %d tokens", opt_vocab, opt_tokenizer, tokenizer.vocab_size);
     }
     Config c = config_from_options(opt_tokenizer ? tokenizer.vocab_size : opt_vocab);
-    if (fmax((double)opt_batch * opt_accum, opt_val_rows) * c.max_seq_len > INT_MAX / 4) die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", c.max_seq_len);
+    if (fmax((double)opt_batch * opt_accum, opt_val_rows) * c.max_seq_len > INT_MAX / 4)
+        die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", c.max_seq_len);
     int rows = opt_batch * opt_accum, T = c.max_seq_len;
     Data data = data_open(opt_data, c.vocab_size, T), val;
     if (opt_val_data) {
@@ -1754,7 +1777,8 @@ static void train(void) {
     FILE *log = open_log(opt_out, p.step, val_loops, num_val);
     printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end,
            c.max_loops, (long long)data.total);
-    printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n", m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
+    printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n",
+           m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
 
     Batch batch = batch_build(opt_batch, T);
     double began = seconds(), shown = began, loss_sum = 0;
@@ -1774,8 +1798,8 @@ static void train(void) {
         fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * T / (now - step_began), p.flops);
         if (validates || last || p.step == begin + 1 || now - shown > 5) { // the mean loss since the line before: 1/t makes single losses noisy
             int left = (int)(per_step * (opt_steps - p.step));
-            printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt_steps, loss_sum / loss_count,
-                   g.S, g.norm, adamw.lr, rows * T / per_step, left / 60, left % 60);
+            printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt_steps,
+                   loss_sum / loss_count, g.S, g.norm, adamw.lr, rows * T / per_step, left / 60, left % 60);
             shown = now;
             loss_sum = loss_count = 0;
         }
@@ -1849,7 +1873,8 @@ static void watch(const int *x, int T, int step, void *data) {
         return;
     }
     struct winsize size;
-    int known = !ioctl(1, TIOCGWINSZ, &size), width = known && size.ws_col > 8 ? size.ws_col - 1 : 79, height = known && size.ws_row > 2 ? size.ws_row - 1 : 23;
+    int known = !ioctl(1, TIOCGWINSZ, &size) && size.ws_col > 8 && size.ws_row > 2;
+    int width = known ? size.ws_col - 1 : 79, height = known ? size.ws_row - 1 : 23;
     if (w->lines) printf("\033[%dA", w->lines); // back up over the last drawing,
     printf("\r\033[J");                        // and clear it
     for (w->lines = 0; *s && w->lines < height; w->lines++) {
@@ -1898,7 +1923,8 @@ static void sample_command(void) {
     int *start = (int *)allocate(strlen(text) + most + 1, sizeof(int), "the text"), given = 1; // every text begins after an end-of-text
     start[0] = t.eot;
     given += opt_fill ? encode_template(&t, start + 1, mask, text) : (int)tokenizer_encode(&t, start + 1, text, strlen(text), "--prompt");
-    if (given > (opt_fill ? most : T)) die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", opt_fill ? "--fill" : "--prompt", given, opt_fill ? most : T);
+    if (given > T)
+        die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", opt_fill ? "--fill" : "--prompt", given, T);
     if (opt_fill) {
         int blanks = 0;
         for (int i = 0; i < given; i++) blanks += start[i] == mask;
@@ -1955,17 +1981,17 @@ static void tokenize(void) {
     if (!strcmp(opt_output, opt_tokenizer)) die(USAGE, "--output is --tokenizer: %s", opt_output);
     FILE *in = fopen(opt_input, "rb");
     if (!in) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
-    if (info.st_size == 0 || info.st_size >= INT_MAX) die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt_input, (long long)info.st_size);
+    if (info.st_size == 0 || info.st_size >= INT_MAX)
+        die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt_input, (long long)info.st_size);
     size_t size = (size_t)info.st_size, count = 0;
     char *text = (char *)allocate(size, 1, "the text");
     int *ids = (int *)allocate(size, sizeof(int), "tokens");
     uint16_t *tokens = (uint16_t *)allocate(2 * size, sizeof *tokens, "tokens");
     if (fread(text, 1, size, in) != size) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     fclose(in);
-    const char *eot = (const char *)t.bytes[t.eot];
-    int eot_length = t.length[t.eot], stories = 0;
-    for (size_t begin = 0, end; begin < size; begin = end + eot_length) { // as llm.c: an end-of-text before each story, space around it dropped
-        for (end = begin; end < size && !(eot_length && end + eot_length <= size && text[end] == eot[0] && !memcmp(text + end, eot, eot_length));) end++;
+    int stories = 0;
+    for (size_t begin = 0, end; begin < size; begin = end + t.length[t.eot]) { // as llm.c: an end-of-text before each story, no space around it
+        end = find_eot(&t, text, begin, size);
         size_t from = begin, to = end;
         while (from < to && isspace((unsigned char)text[from])) from++;
         while (to > from && isspace((unsigned char)text[to - 1])) to--;
@@ -2000,8 +2026,8 @@ static void info(void) {
     Shape s[NUM_TENSORS];
     size_t acts[NUM_ACTS], pass = activation_sizes(c, opt_batch, c.max_seq_len, acts);
     tensor_shapes(c, s);
-    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d times\n", opt_model ? opt_model : "nano", c.layers, c.channels, c.heads,
-           c.max_seq_len, c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
+    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d times\n", opt_model ? opt_model : "nano",
+           c.layers, c.channels, c.heads, c.max_seq_len, c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
     if (step >= 0) printf("trained for %d steps\n", step);
     printf("\ntensor     shape                 parameters\n");
     for (int i = 0; i < NUM_TENSORS; i++) {
@@ -2023,7 +2049,8 @@ static void flops(void) {
     printf("loops  passes   layers  attention     head  sampling, all masked  training, half masked  relative to S=1\n");
     for (int S = 1; S <= c.max_loops; S++) {
         double attention = 4.0 * num_passes(c, S) * c.max_seq_len * c.channels, all = flops_per_token(c, c.max_seq_len, S, 0, 0);
-        printf("%5d  %6d  %7.3f  %9.3f  %7.3f  %20.3f  %21.3f  %15.2f\n", S, num_passes(c, S), (all - attention) * 1e-6, attention * 1e-6, 2e-6 * c.vocab_size * c.channels,
+        printf("%5d  %6d  %7.3f  %9.3f  %7.3f  %20.3f  %21.3f  %15.2f\n", S, num_passes(c, S), (all - attention) * 1e-6, attention * 1e-6,
+               2e-6 * c.vocab_size * c.channels,
                flops_per_token(c, c.max_seq_len, S, 1, 0) * 1e-6, flops_per_token(c, c.max_seq_len, S, 0.5, 1) * 1e-6,
                flops_per_token(c, c.max_seq_len, S, 0.5, 1) / flops_per_token(c, c.max_seq_len, 1, 0.5, 1));
     }
