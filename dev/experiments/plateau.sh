@@ -5,6 +5,7 @@
 #
 #     make build/stories_train.bin build/stories_val.bin && bash dev/experiments/plateau.sh
 set -euo pipefail
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 out=dev/results/plateau.csv
 mkdir -p build/plateau
 echo "qk_bias_std,seed,step,nelbo_s1,nelbo_s2,nelbo_s4" >$out.tmp
