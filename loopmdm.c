@@ -1605,8 +1605,8 @@ static void parse_options(int command, int argc, char **argv) {
             else *(uint64_t *)to = (uint64_t)integer;
         }
     }
-#ifdef _OPENMP
     if (opt_threads > 1024) die(USAGE, "--threads is %d; at most 1024", opt_threads);
+#ifdef _OPENMP
     if (opt_threads) omp_set_num_threads(opt_threads);
 #endif
 }

@@ -135,7 +135,11 @@ static void check_reference(const char *path, const char *folder) {
     float *weights = (float *)allocate((size_t)B * T, sizeof(float), "weights");
     double *t = (double *)allocate(B, sizeof(double), "t"), worst = 0;
     add_noise(x, t, weights, targets, c, seed, 0, 0, B, B, T);
-    for (int b = 0; b < B; b++) worst = fmax(worst, fabs(t[b] - ((const double *)find(&d, "t")->data)[b]));
+    for (int b = 0; b < B; b++) {
+        double want; // the file does not align doubles
+        memcpy(&want, (const char *)find(&d, "t")->data + b * sizeof want, sizeof want);
+        worst = fmax(worst, fabs(t[b] - want));
+    }
     check("noise level t", worst, 0, "%s", name);
     check("masks, tokens that differ", count_different(x, ints(&d, "x"), (size_t)B * T), 0, "%s", name);
     check("weights", largest_difference(weights, floats(&d, "weights", 0), (size_t)B * T), 0, "%s", name);
