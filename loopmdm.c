@@ -204,8 +204,8 @@ static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t ste
 // Matrices start with standard deviation 0.8/sqrt(C), wte with 0.02, the biases of q and k with 1, all else at zero (gains at
 // one). Uniform rather than normal: that takes no transcendental function and so comes out the same everywhere.
 // A masked model must first learn to look at its neighbours, and until then it knows no more than how frequent each token is.
-// Rotary positions turn a bias of q and k into a preference for certain distances: heads that begin with one, each with its
-// own, get off that plateau sooner (README, "What we found"). wpe starts at zero so as not to hide the words.
+// Rotary positions turn a bias of q and k into a preference for certain distances, so each head begins with its own; whether
+// that gets it off this plateau sooner depends on the seed (dev/experiments). wpe starts at zero so as not to hide the words.
 static void init_parameters(Tensors *params, Config c, uint64_t seed) {
     Shape s[NUM_TENSORS];
     tensor_shapes(c, s);
