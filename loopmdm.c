@@ -24,7 +24,15 @@ Build with make, or:  cc -O3 -march=native -ffp-contract=fast -fopenmp loopmdm.c
 Without OpenMP it runs on one thread. Results do not depend on the number of threads, not even in the last bit:
 work is divided so that every sum is taken in the same order whoever computes it.
 */
+// loopmdm.cu is this program for a GPU. It takes sections 1 and 2 from here (with LOOPMDM_CU = 1), has its own 3 to 5, and takes the
+// rest (with LOOPMDM_CU = 2). Functions marked HOST_DEVICE run on both sides there.
+#if LOOPMDM_CU != 2
+#ifndef HOST_DEVICE
+#define HOST_DEVICE
+#endif
+#ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE  // mmap, glob, open_memstream, ioctl on Linux ...
+#endif
 #define _DARWIN_C_SOURCE // ... and on macOS
 #include <ctype.h>
 #include <errno.h>
@@ -114,6 +122,8 @@ static int layer_of_pass(Config c, int S, int p) {
     return p - (S - 1) * n;                    // tail
 }
 
+typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } AdamW; // the optimizer's settings
+
 // Why a configuration cannot be built, or NULL if it can.
 static const char *config_error(Config c) {
     if (c.layers < 1 || c.layers > 1024) return "layers must be 1 to 1024";
@@ -156,25 +166,24 @@ static void tensor_shapes(Config c, Shape s[NUM_TENSORS]) {
     memcpy(s, table, sizeof table);
 }
 
-// Parameters, their gradients and AdamW's two moments are four of these: one allocation each, so that the optimizer,
-// checkpoints and clearing are one loop.
+// Parameters, their gradients and AdamW's two moments are four of these, each in one piece, so that the optimizer, checkpoints and
+// clearing are one loop.
 typedef struct {
-    float *data;                 // (total)
+    float *data;                 // (total), in the model's memory
     float *tensor[NUM_TENSORS];  // where each begins
     size_t size[NUM_TENSORS], per_layer[NUM_TENSORS], total;
 } Tensors;
 
-static void tensors_build(Tensors *t, Config c, const char *what) {
+static void tensors_build(Tensors *t, Config c, float *data) { // data NULL: only the sizes
     Shape s[NUM_TENSORS];
     tensor_shapes(c, s);
+    t->data = data;
     t->total = 0;
     for (int i = 0; i < NUM_TENSORS; i++) {
+        t->tensor[i] = data ? data + t->total : NULL;
         t->per_layer[i] = (size_t)s[i].out * (s[i].in ? s[i].in : 1);
         t->total += t->size[i] = s[i].copies * t->per_layer[i];
     }
-    t->data = (float *)allocate(t->total, sizeof(float), what);
-    float *at = t->data;
-    for (int i = 0; i < NUM_TENSORS; i++, at += t->size[i - 1]) t->tensor[i] = at;
 }
 
 static float *layer_tensor(const Tensors *t, int id, int layer) { return t->tensor[id] + layer * t->per_layer[id]; }
@@ -186,18 +195,18 @@ static float *layer_tensor(const Tensors *t, int id, int layer) { return t->tens
 // threads draws the same ones, and a resumed run needs to know only its step.
 enum { STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN };
 
-static inline uint64_t mix64(uint64_t x) { // the finalizer of SplitMix64 (Steele et al. 2014)
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) { // the finalizer of SplitMix64 (Steele et al. 2014)
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
 }
 
-static inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t step, uint64_t index) {
+HOST_DEVICE static inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t step, uint64_t index) {
     return mix64(mix64(mix64(mix64(seed) + stream) + step) + index);
 }
 
-static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t step, uint64_t index) { // [0, 1)
+HOST_DEVICE static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t step, uint64_t index) { // [0, 1)
     return (double)(random_bits(seed, stream, step, index) >> 11) * 0x1p-53;
 }
 
@@ -206,40 +215,35 @@ static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t ste
 // A masked model must first learn to look at its neighbours, and until then it knows no more than how frequent each token is.
 // Rotary positions turn a bias of q and k into a preference for certain distances, so each head begins with its own; whether
 // that gets it off this plateau sooner depends on the seed (dev/experiments). wpe starts at zero so as not to hide the words.
-static void init_parameters(Tensors *params, Config c, uint64_t seed) {
+static void init_parameters(float *params, Config c, uint64_t seed) { // params (total)
     Shape s[NUM_TENSORS];
+    Tensors t;
     tensor_shapes(c, s);
+    tensors_build(&t, c, params);
     for (int i = 0; i < NUM_TENSORS; i++) {
         int is_gain = i == LN1W || i == LN2W || i == LNFW;
         double std = i == WTE ? 0.02 : i == WPE ? 0 : i == QKVB ? 1 : s[i].in ? 0.8 / sqrt(c.channels) : 0;
-        for (size_t j = 0; j < params->size[i]; j++) {
+        for (size_t j = 0; j < t.size[i]; j++) {
             int unused = i == WTE && j >= (size_t)(c.vocab_size + 1) * c.channels; // padding rows
             int of_v = i == QKVB && j % (3 * c.channels) >= 2 * (size_t)c.channels;
             double u = random_uniform(seed, STREAM_INIT, i, j) - 0.5;
-            params->tensor[i][j] = is_gain ? 1 : unused || of_v ? 0 : (float)(std * sqrt(12.0) * u);
+            t.tensor[i][j] = is_gain ? 1 : unused || of_v ? 0 : (float)(std * sqrt(12.0) * u);
         }
     }
 }
 
-// Noise for B rows of a step's total_rows, beginning at first_row. Each row gets a t in [eps, 1), stratified over the
-// step's rows (Kingma et al. 2021) so that one step sees all noise levels evenly; each of its tokens becomes MASK with
-// probability t (the linear schedule alpha_t = 1-t).
-//   targets (B,T) -> x (B,T) with MASK, t (B), weights (B,T): 1/(t rows T) where masked, else 0.
-// The weights make sum(weights * cross entropy) the NELBO in nats per token of the whole step (MDLM, LLaDA).
-static void add_noise(int *x, double *t, float *weights, const int *targets, Config c,
-                      uint64_t seed, uint64_t step, int first_row, int B, int total_rows, int T) {
+// The noise level t in [eps, 1) of a row, one of a step's total_rows: stratified (Kingma et al. 2021), so that one step sees all
+// noise levels evenly.
+HOST_DEVICE static inline double noise_level(uint64_t seed, uint64_t step, int row, int total_rows) {
     const double eps = 1e-3;
-    double u = random_uniform(seed, STREAM_TIME, step, 0);
-    for (int b = 0; b < B; b++) {
-        double strat = u + (double)(first_row + b) / total_rows;
-        volatile double scaled = (1 - eps) * (strat - floor(strat)); // volatile: a fused multiply-add would round t differently
-        t[b] = eps + scaled;
-        for (int i = b * T; i < (b + 1) * T; i++) {
-            int masked = random_uniform(seed, STREAM_MASK, step, (uint64_t)first_row * T + i) < t[b];
-            x[i] = masked ? c.vocab_size : targets[i];
-            weights[i] = masked ? (float)(1 / (t[b] * total_rows * T)) : 0;
-        }
-    }
+    double strat = random_uniform(seed, STREAM_TIME, step, 0) + (double)row / total_rows;
+    volatile double scaled = (1 - eps) * (strat - floor(strat)); // volatile: a fused multiply-add would round t differently
+    return eps + scaled;
+}
+
+// Whether a token, number i of all rows of the step, becomes MASK: with probability t (the linear schedule alpha_t = 1-t).
+HOST_DEVICE static inline int becomes_mask(uint64_t seed, uint64_t step, uint64_t i, double t) {
+    return random_uniform(seed, STREAM_MASK, step, i) < t;
 }
 
 // The number of loops of a training step: S ~ p(S) on 1 .. S_max. One S for the whole step.
@@ -256,6 +260,8 @@ static int draw_loops(Config c, int dist, uint64_t seed, uint64_t step) {
     return c.max_loops;
 }
 
+#endif
+#ifndef LOOPMDM_CU
 // =====================================================================================================================
 // 3. Layers, each a forward/backward pair
 //
@@ -404,6 +410,30 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
             for (int j = 0; j < n; j++) sum[j] += dout[(size_t)i * OC + j0 + j];
         for (int j = 0; j < n; j++) dbias[j0 + j] += sum[j];
     }
+}
+
+// ---- noise ----
+
+// targets (B,T) -> x (B,T) with MASK (id V), weights (B,T): 1/(t total_rows T) where masked, else 0; for rows first_row .. first_row + B-1
+// of a step of total_rows. The weights make sum(weights * cross entropy) the NELBO in nats per token of the whole step (MDLM, LLaDA).
+static void noise_forward(int *x, float *weights, const int *targets, int V, uint64_t seed, uint64_t step, int first_row, int total_rows, int B, int T) {
+    OMP(omp parallel for if (WORTH((size_t)B * T * 8)))
+    for (int b = 0; b < B; b++) {
+        double t = noise_level(seed, step, first_row + b, total_rows);
+        for (int i = b * T; i < (b + 1) * T; i++) {
+            int masked = becomes_mask(seed, step, (uint64_t)first_row * T + i, t);
+            x[i] = masked ? V : targets[i];
+            weights[i] = masked ? (float)(1 / (t * total_rows * T)) : 0;
+        }
+    }
+}
+
+// rows (R): the masked positions among weights (BT), ascending. Returns R.
+static int masked_rows(int *rows, const float *weights, int BT) {
+    int R = 0;
+    for (int i = 0; i < BT; i++)
+        if (weights[i] > 0) rows[R++] = i;
+    return R;
 }
 
 // ---- embedding ----
@@ -667,34 +697,69 @@ static void crossentropy_backward(float *probs, const float *weights, const int 
     }
 }
 
+// ---- sampling ----
+
+// One token from softmax(logits / temperature), logits (V), by a uniform u; temperature 0 takes the likeliest. Inverts the
+// cumulative distribution in double: Gumbel noise in float32, the usual way, is known to lower the effective temperature of
+// masked diffusion (Zheng et al. 2024). *confidence is the token's probability under softmax(logits).
+static int sample_token(const float *logits, int V, double temperature, double u, double *confidence) {
+    int best = 0, chosen;
+    double sum = 0, total = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    for (int v = 0; v < V; v++) sum += exp((double)logits[v] - logits[best]);
+    chosen = best;
+    if (temperature > 0) {
+        for (int v = 0; v < V; v++) total += exp(((double)logits[v] - logits[best]) / temperature);
+        double left = u * total;
+        for (chosen = 0; chosen < V - 1; chosen++)
+            if ((left -= exp(((double)logits[chosen] - logits[best]) / temperature)) < 0) break;
+    }
+    *confidence = exp((double)logits[chosen] - logits[best]) / sum;
+    return chosen;
+}
+
+// logits (R,V) -> token (R), confidence (R): see sample_token(). Position rows[r] draws its own random number, index first + rows[r].
+static void sample_forward(int *token, double *confidence, const float *logits, const int *rows, int R, int V, double temperature,
+                           uint64_t seed, uint64_t step, uint64_t first) {
+    OMP(omp parallel for if (WORTH((size_t)R * V)))
+    for (int r = 0; r < R; r++)
+        token[r] = sample_token(logits + (size_t)r * V, V, temperature, random_uniform(seed, STREAM_TOKEN, step, first + rows[r]), &confidence[r]);
+}
+
 // =====================================================================================================================
 // 4. Model
 
 // What a pass computes, kept for its backward.
-enum { LN1, LN1_MEAN, LN1_RSTD, QKV, LSE, ATTY, RES2, LN2, LN2_MEAN, LN2_RSTD, FCH, FCH_GELU, RES3, NUM_ACTS };
+enum { LN1, LN1_MEAN, LN1_RSTD, QKV, LSE, ATTY, RES2, LN2, LN2_MEAN, LN2_RSTD, FCH, FCH_GELU, NUM_ACTS };
+enum { PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, NUM_MEMORIES }; // a model's memory: one allocation each
 
 typedef struct {
     Config config;
     Tensors params, grads, moment1, moment2; // the last three in training only
-    int training, max_B, max_T, max_S;       // what the activations have room for
+    int training, recompute, max_B, max_T, max_S; // what the activations have room for
     int head_rows;                           // rows that go through the LM head at a time
-    float *memory;                           // one allocation for everything below
-    float *acts;                             // (passes in training, else 1; NUM_ACTS tensors of sizes act_size)
-    size_t act_size[NUM_ACTS], pass_size, memory_size;
-    float *encoded, *proj;                   // (B,T,C): the embedding; what a pass adds to the residual stream
+    void *memory[NUM_MEMORIES];
+    size_t bytes[NUM_MEMORIES];
+    float *states;                           // (passes + 1 in training, else 1; B,T,C): the residual stream before each pass, and after the last
+    float *acts;                             // (passes in training, but 1 with recompute, else 1; NUM_ACTS tensors of sizes act_size)
+    size_t act_size[NUM_ACTS], pass_size;
+    float *proj;                             // (B,T,C): what a pass adds to the residual stream
     float *cosine, *sine;                    // (T,D/2)
     float *head_inp, *lnf, *lnf_mean, *lnf_rstd, *logits; // of head_rows rows: (,C), (,C), (), (), (,V)
     float *losses;                           // (R) cross entropies, in the order of rows
     float *dres, *dln, *datty, *dwide;       // gradients: (B,T,C) of the residual stream, (B,T,C), (B,T,C), (B,T,4C)
-    int *x, *rows;                           // (B,T) the last forward's tokens; (R) positions of its masked rows
-    int B, T, S;                             // the last forward's shape
+    int *x, *targets, *rows;                 // (B,T) tokens of the next forward; what they were before the noise; (R) positions of the masked ones
+    float *weights;                          // (B,T) of the loss
+    double *row_loss;                        // (B) each row's part of the last loss
+    int B, T, S, R;                          // the last forward's shape, and its number of masked positions
 } Model;
 
-// Parameters alone: enough to read a checkpoint and to know the model's size.
+// The configuration alone: enough to know sizes.
 static void model_build(Model *m, Config c) {
     memset(m, 0, sizeof *m);
     m->config = c;
-    tensors_build(&m->params, c, "the parameters");
+    tensors_build(&m->params, c, NULL);
 }
 
 // Sizes of what one pass keeps for (B,T), in floats; returns their sum.
@@ -702,40 +767,49 @@ static size_t activation_sizes(Config c, int B, int T, size_t size[NUM_ACTS]) {
     size_t BT = (size_t)B * T, C = c.channels, sum = 0;
     const size_t table[NUM_ACTS] = {
         BT * C, BT, BT, BT * 3 * C, BT * c.heads, BT * C, BT * C, // LN1, LN1_MEAN, LN1_RSTD, QKV, LSE, ATTY, RES2
-        BT * C, BT, BT, BT * 4 * C, BT * 4 * C, BT * C,           // LN2, LN2_MEAN, LN2_RSTD, FCH, FCH_GELU, RES3
+        BT * C, BT, BT, BT * 4 * C, BT * 4 * C,                   // LN2, LN2_MEAN, LN2_RSTD, FCH, FCH_GELU
     };
     memcpy(size, table, sizeof table);
     for (int i = 0; i < NUM_ACTS; i++) sum += size[i];
     return sum;
 }
 
-// Activations for up to (B,T), and S loops. In training each pass keeps its own, and there are gradients and moments;
-// otherwise all passes share the memory of one, so that S is free.
-static void model_reserve(Model *m, int B, int T, int S, int training) {
+// Plans memory for up to (B,T) and S loops: sets m->bytes. In training each pass keeps its own activations, and there are gradients
+// and moments; otherwise all passes share the memory of one, so that S is free. With recompute a pass keeps its input alone, and
+// backward computes the rest again. With the memories there, also sets where everything is.
+static void model_plan(Model *m, int B, int T, int S, int training, int recompute) {
     Config c = m->config;
-    size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, R = max_int(512, (1 << 22) / c.vocab_size);
+    size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, R = max_int(512, (1 << 22) / c.vocab_size), P = num_passes(c, S);
     if (R > BT) R = BT;
+    m->training = training, m->recompute = recompute, m->max_B = B, m->max_T = T, m->max_S = S, m->head_rows = (int)R;
     m->pass_size = activation_sizes(c, B, T, m->act_size);
     size_t half = (size_t)T * (C / c.heads / 2), grad = training ? BT * C : 0;
-    const struct { float **to; size_t count; } plan[] = {
-        {&m->acts, m->pass_size * (training ? num_passes(c, S) : 1)}, {&m->encoded, BT * C}, {&m->proj, BT * C},
-        {&m->cosine, half}, {&m->sine, half}, {&m->head_inp, R * C}, {&m->lnf, R * C}, {&m->lnf_mean, R}, {&m->lnf_rstd, R},
-        {&m->logits, R * V}, {&m->losses, BT}, {&m->dres, grad}, {&m->dln, grad}, {&m->datty, grad}, {&m->dwide, 4 * grad},
+    const struct { void *to; size_t bytes; } plan[] = {
+        {&m->row_loss, B * sizeof(double)}, {&m->x, 4 * BT}, {&m->targets, 4 * BT}, {&m->rows, 4 * BT}, {&m->weights, 4 * BT},
+        {&m->states, 4 * BT * C * (training ? P + 1 : 1)}, {&m->acts, 4 * m->pass_size * (training && !recompute ? P : 1)}, {&m->proj, 4 * BT * C},
+        {&m->cosine, 4 * half}, {&m->sine, 4 * half}, {&m->head_inp, 4 * R * C}, {&m->lnf, 4 * R * C}, {&m->lnf_mean, 4 * R}, {&m->lnf_rstd, 4 * R},
+        {&m->logits, 4 * R * V}, {&m->losses, 4 * BT}, {&m->dres, 4 * grad}, {&m->dln, 4 * grad}, {&m->datty, 4 * grad}, {&m->dwide, 16 * grad},
     };
-    m->memory_size = 0;
-    for (size_t i = 0; i < sizeof plan / sizeof *plan; i++) m->memory_size += plan[i].count;
-    m->memory = (float *)allocate(m->memory_size, sizeof(float), "activations");
-    float *at = m->memory;
-    for (size_t i = 0; i < sizeof plan / sizeof *plan; at += plan[i++].count) *plan[i].to = at;
-    m->x = (int *)allocate(2 * BT, sizeof(int), "tokens");
-    m->rows = m->x + BT;
-    m->training = training, m->max_B = B, m->max_T = T, m->max_S = S, m->head_rows = (int)R;
-    if (training) {
-        tensors_build(&m->grads, c, "the gradients");
-        tensors_build(&m->moment1, c, "the optimizer");
-        tensors_build(&m->moment2, c, "the optimizer");
+    char *at = (char *)m->memory[ACTIVATIONS];
+    m->bytes[ACTIVATIONS] = 0;
+    for (size_t i = 0; i < sizeof plan / sizeof *plan; i++) {
+        if (at) memcpy(plan[i].to, &at, sizeof at), at += plan[i].bytes;
+        m->bytes[ACTIVATIONS] += plan[i].bytes;
     }
-    int D = c.channels / c.heads;
+    size_t total = m->params.total * sizeof(float);
+    m->bytes[PARAMETERS] = total, m->bytes[GRADIENTS] = training ? total : 0, m->bytes[OPTIMIZER] = training ? 2 * total : 0;
+    tensors_build(&m->params, c, (float *)m->memory[PARAMETERS]);
+    tensors_build(&m->grads, c, (float *)m->memory[GRADIENTS]);
+    tensors_build(&m->moment1, c, (float *)m->memory[OPTIMIZER]);
+    tensors_build(&m->moment2, c, training && m->memory[OPTIMIZER] ? m->moment1.data + m->params.total : NULL);
+}
+
+static void model_reserve(Model *m, int B, int T, int S, int training, int recompute) {
+    static const char *const what[NUM_MEMORIES] = {"the parameters", "the gradients", "the optimizer", "activations"};
+    model_plan(m, B, T, S, training, recompute);
+    for (int i = 0; i < NUM_MEMORIES; i++) m->memory[i] = allocate(m->bytes[i], 1, what[i]);
+    model_plan(m, B, T, S, training, recompute);
+    int D = m->config.channels / m->config.heads;
     for (int t = 0; t < T; t++)
         for (int i = 0; i < D / 2; i++) {
             double angle = t * pow(10000, -2.0 * i / D);
@@ -745,14 +819,18 @@ static void model_reserve(Model *m, int B, int T, int S, int training) {
 }
 
 static void model_free(Model *m) {
-    free(m->params.data), free(m->grads.data), free(m->moment1.data), free(m->moment2.data);
-    free(m->memory), free(m->x);
+    for (int i = 0; i < NUM_MEMORIES; i++) free(m->memory[i]);
     memset(m, 0, sizeof *m);
 }
 
+// The rest of the program reads and writes tensors (total) through these, wherever a model's memory is.
+static void tensors_read(float *to, const Tensors *from) { memcpy(to, from->data, from->total * sizeof(float)); }
+static void tensors_write(Tensors *to, const float *from) { memcpy(to->data, from, to->total * sizeof(float)); }
+static void model_set_parameters(Model *m, const float *from) { tensors_write(&m->params, from); }
+
 // a: where pass p's activations are;  w: where its layer's tensors are
 static void pass_acts(const Model *m, int p, float *a[NUM_ACTS]) {
-    float *at = m->acts + (m->training ? p : 0) * m->pass_size;
+    float *at = m->acts + (m->training && !m->recompute ? p : 0) * m->pass_size;
     for (int i = 0; i < NUM_ACTS; at += m->act_size[i++]) a[i] = at;
 }
 
@@ -761,37 +839,56 @@ static void pass_tensors(const Model *m, const Tensors *t, int p, float *w[NUM_T
 }
 
 // The residual stream that pass p reads: the embedding, or what the pass before left.
-static const float *pass_input(const Model *m, int p) {
-    float *a[NUM_ACTS];
-    if (p == 0) return m->encoded;
-    pass_acts(m, p - 1, a);
-    return a[RES3];
+static float *pass_input(const Model *m, int p) {
+    return m->states + (m->training ? p : 0) * (size_t)m->B * m->T * m->config.channels;
 }
 
-// x (B,T) -> the residual stream after the last pass (B,T,C), in its RES3
-static void model_forward(Model *m, const int *x, int B, int T, int S) {
-    int C = m->config.channels, NH = m->config.heads, BT = B * T;
-    if (B * T > m->max_B * m->max_T || T > m->max_T || (m->training && S > m->max_S))
-        die(FAILED, "a forward of %d rows of %d tokens, %d loops is more than was reserved", B, T, S);
-    m->B = B, m->T = T, m->S = S;
-    memcpy(m->x, x, BT * sizeof(int));
-    encoder_forward(m->encoded, x, m->params.tensor[WTE], m->params.tensor[WPE], B, T, C);
+// The next forward is of these tokens, x (B,T).
+static void model_tokens(Model *m, const int *x, int B, int T) {
+    if (B * T > m->max_B * m->max_T || T > m->max_T) die(FAILED, "%d rows of %d tokens are more than was reserved", B, T);
+    m->B = B, m->T = T;
+    memcpy(m->x, x, (size_t)B * T * sizeof(int));
+}
+
+// The next forward is of targets (B,T) with noise; see noise_forward(). Returns the number of masked tokens.
+static int model_noise(Model *m, const int *targets, int B, int T, uint64_t seed, uint64_t step, int first_row, int total_rows) {
+    model_tokens(m, targets, B, T);
+    memcpy(m->targets, targets, (size_t)B * T * sizeof(int));
+    noise_forward(m->x, m->weights, m->targets, m->config.vocab_size, seed, step, first_row, total_rows, B, T);
+    return m->R = masked_rows(m->rows, m->weights, B * T);
+}
+
+// All of a pass that its backward needs
+static void pass_forward(Model *m, int p) {
+    int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
+    const float *inp = pass_input(m, p);
+    float *a[NUM_ACTS], *w[NUM_TENSORS];
+    pass_acts(m, p, a);
+    pass_tensors(m, &m->params, p, w);
+    layernorm_forward(a[LN1], a[LN1_MEAN], a[LN1_RSTD], inp, w[LN1W], w[LN1B], BT, C);
+    matmul_forward(a[QKV], a[LN1], w[QKVW], w[QKVB], BT, C, 3 * C);
+    rope_forward(a[QKV], m->cosine, m->sine, B, T, C, NH);
+    attention_forward(a[ATTY], a[LSE], a[QKV], B, T, C, NH);
+    matmul_forward(m->proj, a[ATTY], w[ATTPROJW], w[ATTPROJB], BT, C, C);
+    residual_forward(a[RES2], inp, m->proj, (size_t)BT * C);
+    layernorm_forward(a[LN2], a[LN2_MEAN], a[LN2_RSTD], a[RES2], w[LN2W], w[LN2B], BT, C);
+    matmul_forward(a[FCH], a[LN2], w[FCW], w[FCB], BT, C, 4 * C);
+    gelu_forward(a[FCH_GELU], a[FCH], (size_t)BT * 4 * C);
+}
+
+// m->x (B,T) -> the residual stream after the last pass (B,T,C), which is pass_input() of the pass after it
+static void model_forward(Model *m, int S) {
+    int C = m->config.channels, BT = m->B * m->T;
+    if (m->training && S > m->max_S) die(FAILED, "a forward of %d loops is more than was reserved", S);
+    m->S = S;
+    encoder_forward(m->states, m->x, m->params.tensor[WTE], m->params.tensor[WPE], m->B, m->T, C);
     for (int p = 0; p < num_passes(m->config, S); p++) {
-        const float *inp = pass_input(m, p);
         float *a[NUM_ACTS], *w[NUM_TENSORS];
+        pass_forward(m, p);
         pass_acts(m, p, a);
         pass_tensors(m, &m->params, p, w);
-        layernorm_forward(a[LN1], a[LN1_MEAN], a[LN1_RSTD], inp, w[LN1W], w[LN1B], BT, C);
-        matmul_forward(a[QKV], a[LN1], w[QKVW], w[QKVB], BT, C, 3 * C);
-        rope_forward(a[QKV], m->cosine, m->sine, B, T, C, NH);
-        attention_forward(a[ATTY], a[LSE], a[QKV], B, T, C, NH);
-        matmul_forward(m->proj, a[ATTY], w[ATTPROJW], w[ATTPROJB], BT, C, C);
-        residual_forward(a[RES2], inp, m->proj, (size_t)BT * C);
-        layernorm_forward(a[LN2], a[LN2_MEAN], a[LN2_RSTD], a[RES2], w[LN2W], w[LN2B], BT, C);
-        matmul_forward(a[FCH], a[LN2], w[FCW], w[FCB], BT, C, 4 * C);
-        gelu_forward(a[FCH_GELU], a[FCH], (size_t)BT * 4 * C);
         matmul_forward(m->proj, a[FCH_GELU], w[FCPROJW], w[FCPROJB], BT, 4 * C, C);
-        residual_forward(a[RES3], a[RES2], m->proj, (size_t)BT * C);
+        residual_forward(pass_input(m, p + 1), a[RES2], m->proj, (size_t)BT * C);
     }
 }
 
@@ -799,12 +896,12 @@ static void model_forward(Model *m, const int *x, int B, int T, int S) {
 static void model_backward(Model *m) {
     int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
     for (int p = num_passes(m->config, m->S) - 1; p >= 0; p--) {
-        const float *inp = pass_input(m, p);
         float *a[NUM_ACTS], *w[NUM_TENSORS], *g[NUM_TENSORS];
+        if (m->recompute) pass_forward(m, p);
         pass_acts(m, p, a);
         pass_tensors(m, &m->params, p, w);
         pass_tensors(m, &m->grads, p, g);
-        // dres is the gradient of RES3, and thereby of RES2; each branch adds its own part
+        // dres is the gradient of what the pass left, and thereby of RES2; each branch adds its own part
         matmul_backward(m->dwide, g[FCPROJW], g[FCPROJB], m->dres, a[FCH_GELU], w[FCPROJW], BT, 4 * C, C);
         gelu_backward(m->dwide, a[FCH], m->dwide, (size_t)BT * 4 * C);
         matmul_backward(m->dln, g[FCW], g[FCB], m->dwide, a[LN2], w[FCW], BT, C, 4 * C);
@@ -813,7 +910,7 @@ static void model_backward(Model *m) {
         attention_backward(m->dwide, m->datty, a[QKV], a[LSE], B, T, C, NH);
         rope_backward(m->dwide, m->cosine, m->sine, B, T, C, NH);
         matmul_backward(m->dln, g[QKVW], g[QKVB], m->dwide, a[LN1], w[QKVW], BT, C, 3 * C);
-        layernorm_backward(m->dres, g[LN1W], g[LN1B], m->dln, inp, w[LN1W], a[LN1_MEAN], a[LN1_RSTD], BT, C);
+        layernorm_backward(m->dres, g[LN1W], g[LN1B], m->dln, pass_input(m, p), w[LN1W], a[LN1_MEAN], a[LN1_RSTD], BT, C);
     }
     encoder_backward(m->grads.tensor[WTE], m->grads.tensor[WPE], m->dres, m->x, B, T, C);
 }
@@ -837,42 +934,43 @@ static void head_backward(Model *m, const int *rows, int R) {
     gather_backward(m->dres, m->datty, rows, R, C);
 }
 
-// Loss of the last forward: sum over positions of weights * cross entropy, with targets (B,T), weights (B,T), zero where
-// not masked. In training also backward, all the way: gradients are added to m->grads. The head goes in one sweep over
-// a few rows at a time, so that the logits of all rows never exist together. m->losses (R) and m->rows (R) stay.
-static double model_loss(Model *m, const int *targets, const float *weights, int backward) {
-    int R = 0, BT = m->B * m->T, V = m->config.vocab_size;
-    for (int i = 0; i < BT; i++)
-        if (weights[i] > 0) m->rows[R++] = i;
-    if (backward) memset(m->dres, 0, (size_t)BT * m->config.channels * sizeof(float));
+// Loss of the last forward of tokens with noise: sum over masked positions of weight * cross entropy; in m->row_loss (B) each row's part.
+// In training also backward, all the way: gradients are added to m->grads. The head goes in one sweep over a few rows at a time,
+// so that the logits of all rows never exist together.
+static double model_loss(Model *m, int backward) {
+    int V = m->config.vocab_size;
     double loss = 0;
-    for (int r0 = 0; r0 < R; r0 += m->head_rows) {
-        int n = min_int(m->head_rows, R - r0), *rows = m->rows + r0;
+    if (backward) memset(m->dres, 0, (size_t)m->B * m->T * m->config.channels * sizeof(float));
+    for (int r0 = 0; r0 < m->R; r0 += m->head_rows) {
+        int n = min_int(m->head_rows, m->R - r0), *rows = m->rows + r0;
         head_forward(m, rows, n);
-        crossentropy_forward(m->losses + r0, m->logits, targets, rows, n, V);
-        for (int r = 0; r < n; r++) loss += (double)weights[rows[r]] * m->losses[r0 + r];
+        crossentropy_forward(m->losses + r0, m->logits, m->targets, rows, n, V);
         if (!backward) continue;
-        crossentropy_backward(m->logits, weights, targets, rows, n, V);
+        crossentropy_backward(m->logits, m->weights, m->targets, rows, n, V);
         head_backward(m, rows, n);
     }
+    memset(m->row_loss, 0, m->B * sizeof(double));
+    for (int r = 0; r < m->R; r++) m->row_loss[m->rows[r] / m->T] += (double)m->weights[m->rows[r]] * m->losses[r];
+    for (int b = 0; b < m->B; b++) loss += m->row_loss[b];
     if (backward) model_backward(m);
     return loss;
+}
+
+// A token for each of rows (n) of the last forward: token (n), confidence (n); see sample_forward()
+static void model_sample(Model *m, int *token, double *confidence, const int *rows, int n, double temperature, uint64_t seed, uint64_t step, uint64_t first) {
+    for (int r0 = 0; r0 < n; r0 += m->head_rows) {
+        int R = min_int(m->head_rows, n - r0);
+        head_forward(m, rows + r0, R);
+        sample_forward(token + r0, confidence + r0, m->logits, rows + r0, R, m->config.vocab_size, temperature, seed, step, first);
+    }
 }
 
 // =====================================================================================================================
 // 5. Optimizer: AdamW (Loshchilov and Hutter 2019) after clipping the gradients' global norm
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } AdamW;
-
-// Linear warmup, then a cosine from lr towards floor * lr, which it would reach at step number steps. step counts from 0.
-static double learning_rate(double lr, double floor, int warmup, int steps, int step) {
-    if (step < warmup) return lr * (step + 1) / warmup;
-    double done = (double)(step - warmup) / max_int(1, steps - warmup);
-    return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * (done > 1 ? 1 : done))));
-}
-
 // Square root of the sum of squares of all gradients. Blocks of fixed size, so that threads do not change the order.
-static double gradient_norm(const Tensors *grads) {
+static double gradient_norm(const Model *m) {
+    const Tensors *grads = &m->grads;
     enum { BLOCK = 1 << 14 };
     double sum = 0;
     int blocks = (int)((grads->total + BLOCK - 1) / BLOCK);
@@ -911,6 +1009,8 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     }
 }
 
+#endif
+#if LOOPMDM_CU != 1
 // =====================================================================================================================
 // 6. Data, tokenizer, checkpoints
 
@@ -1253,17 +1353,19 @@ static void checkpoint_save(const Model *m, const char *folder, Progress p) {
     optimizer[HEADER_STEP] = p.step, optimizer[HEADER_ROWS] = p.rows;
     memcpy(optimizer + HEADER_SEED, &p.seed, sizeof p.seed);
     memcpy(optimizer + HEADER_FLOPS, &p.flops, sizeof p.flops);
-    size_t bytes = m->params.total * sizeof(float);
-    const Part model_parts[] = {{model, sizeof model}, {m->params.data, bytes}};
-    const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {m->moment1.data, bytes}, {m->moment2.data, bytes}};
+    size_t n = m->params.total;
+    float *copy = (float *)allocate(3 * n, sizeof(float), "a checkpoint");
+    tensors_read(copy, &m->params), tensors_read(copy + n, &m->moment1), tensors_read(copy + 2 * n, &m->moment2);
+    const Part model_parts[] = {{model, sizeof model}, {copy, n * sizeof(float)}};
+    const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {copy + n, 2 * n * sizeof(float)}};
     char *model_path = join_path(folder, "model.bin"), *optimizer_path = join_path(folder, "optimizer.bin");
     seal_header(model, model_parts, 2);
-    seal_header(optimizer, optimizer_parts, 3);
+    seal_header(optimizer, optimizer_parts, 2);
     write_temporary(model_path, model_parts, 2);
-    write_temporary(optimizer_path, optimizer_parts, 3);
+    write_temporary(optimizer_path, optimizer_parts, 2);
     commit_file(optimizer_path);
     commit_file(model_path);
-    free(model_path), free(optimizer_path);
+    free(model_path), free(optimizer_path), free(copy);
 }
 
 static Config header_config(const int *h) {
@@ -1271,23 +1373,26 @@ static Config header_config(const int *h) {
     return c;
 }
 
-// Reads a checkpoint file: the header, and parts of count floats each unless parts is NULL.
-static void read_tensors(const char *path, uint32_t magic, const char *kind, int *header, float *const *parts, int num_parts, size_t count) {
+// Reads a checkpoint file: the header, and count floats, which the caller frees; with count 0 the header alone.
+static float *read_floats(const char *path, uint32_t magic, const char *kind, int *header, size_t count) {
+    float *floats = NULL;
     size_t size;
     const unsigned char *file = map_file(path, magic, kind, &size);
     memcpy(header, file, HEADER_INTS * sizeof(int));
     if (header[1] != FILE_VERSION) die(FAILED, "%s is a %s of version %d; this program reads version %d", path, kind, header[1], FILE_VERSION);
-    if (parts) {
-        size_t want = HEADER_INTS * sizeof(int) + num_parts * count * sizeof(float);
+    if (count) {
+        size_t want = HEADER_INTS * sizeof(int) + count * sizeof(float);
         if (size != want) die(FAILED, "%s is damaged or belongs to another model: %zu bytes, not %zu", path, size, want);
         uint32_t crc = (uint32_t)header[HEADER_CRC];
         header[HEADER_CRC] = 0;
         uint32_t found = crc32_update(0, header, HEADER_INTS * sizeof(int));
         found = crc32_update(found, file + HEADER_INTS * sizeof(int), size - HEADER_INTS * sizeof(int));
         if (found != crc) die(FAILED, "%s is damaged: its checksum is %08x, not %08x", path, found, crc);
-        for (int i = 0; i < num_parts; i++) memcpy(parts[i], file + HEADER_INTS * sizeof(int) + i * count * sizeof(float), count * sizeof(float));
+        floats = (float *)allocate(count, sizeof(float), path);
+        memcpy(floats, file + HEADER_INTS * sizeof(int), count * sizeof(float));
     }
     munmap((void *)file, size);
+    return floats;
 }
 
 // The step in a header, or -1 if there is no such file or it is something else.
@@ -1307,87 +1412,90 @@ static void checkpoint_recover(const char *folder) {
     free(model), free(unfinished), free(optimizer);
 }
 
-// Builds m from folder/model.bin; returns the step it was saved at.
-static int checkpoint_load(Model *m, const char *folder) {
+// Builds m, without memory, as folder/model.bin describes it; returns the step it was saved at.
+static int checkpoint_build(Model *m, const char *folder) {
     int header[HEADER_INTS];
     char *path = join_path(folder, "model.bin");
-    read_tensors(path, MODEL_MAGIC, "model", header, NULL, 0, 0);
+    read_floats(path, MODEL_MAGIC, "model", header, 0);
     Config c = header_config(header);
     if (config_error(c)) die(FAILED, "%s is damaged: %s", path, config_error(c));
     if (header[HEADER_STEP] < 0) die(FAILED, "%s is damaged: it says step %d", path, header[HEADER_STEP]);
     model_build(m, c);
-    read_tensors(path, MODEL_MAGIC, "model", header, &m->params.data, 1, m->params.total);
     free(path);
     return header[HEADER_STEP];
 }
 
-// Reads the moments into a model that checkpoint_load() built and model_reserve() prepared for training at this step.
+// Reads the parameters into a model that checkpoint_build() built and model_reserve() gave memory.
+static void checkpoint_load(Model *m, const char *folder) {
+    int header[HEADER_INTS];
+    char *path = join_path(folder, "model.bin");
+    float *params = read_floats(path, MODEL_MAGIC, "model", header, m->params.total);
+    model_set_parameters(m, params);
+    free(path), free(params);
+}
+
+// Reads the moments as well, of the same step.
 static Progress checkpoint_resume(Model *m, const char *folder, int step) {
     Progress p;
     int header[HEADER_INTS];
-    float *moments[] = {m->moment1.data, m->moment2.data};
     char *path = join_path(folder, "optimizer.bin");
-    read_tensors(path, OPTIMIZER_MAGIC, "optimizer state", header, moments, 2, m->params.total);
+    float *moments = read_floats(path, OPTIMIZER_MAGIC, "optimizer state", header, 2 * m->params.total);
+    checkpoint_load(m, folder);
+    tensors_write(&m->moment1, moments), tensors_write(&m->moment2, moments + m->params.total);
     p.step = header[HEADER_STEP], p.rows = header[HEADER_ROWS];
     memcpy(&p.seed, header + HEADER_SEED, sizeof p.seed);
     memcpy(&p.flops, header + HEADER_FLOPS, sizeof p.flops);
     if (p.step != step) die(FAILED, "%s is of step %d, the model beside it of step %d: they are not a pair", path, p.step, step);
-    free(path);
+    free(path), free(moments);
     return p;
 }
 
 // =====================================================================================================================
 // 7. Training step and evaluation
 
-typedef struct { int *targets, *x; float *weights; double *t; } Batch; // (B,T), (B,T), (B,T), (B): see add_noise()
-
-static Batch batch_build(int B, int T) {
-    size_t n = (size_t)B * T;
-    Batch b = {(int *)allocate(n, sizeof(int), "a batch"), (int *)allocate(n, sizeof(int), "a batch"),
-               (float *)allocate(n, sizeof(float), "a batch"), (double *)allocate(B, sizeof(double), "a batch")};
-    return b;
+// Linear warmup, then a cosine from lr towards floor * lr, which it would reach at step number steps. step counts from 0.
+static double learning_rate(double lr, double floor, int warmup, int steps, int step) {
+    if (step < warmup) return lr * (step + 1) / warmup;
+    double done = (double)(step - warmup) / max_int(1, steps - warmup);
+    return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * (done > 1 ? 1 : done))));
 }
-
-static void batch_free(Batch b) { free(b.targets), free(b.x), free(b.weights), free(b.t); }
 
 typedef struct { int S, masked; double loss, mean_t, norm; } Gradient; // masked: tokens, of all rows
 
 // The gradient of step number step (from 0), in m->grads: one S for the step; rows of data, B at a time, with their noise.
-static Gradient train_gradient(Model *m, const Data *d, Batch b, int loop_dist, uint64_t seed, int step, int rows, int B) {
-    int T = m->config.max_seq_len;
+static Gradient train_gradient(Model *m, const Data *d, int loop_dist, uint64_t seed, int step, int rows, int B) {
+    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
     Gradient g = {draw_loops(m->config, loop_dist, seed, step), 0, 0, 0, 0};
     for (int first = 0; first < rows; first += B) {
-        data_batch(d, b.targets, seed, step, first, B, T);
-        add_noise(b.x, b.t, b.weights, b.targets, m->config, seed, step, first, B, rows, T);
-        model_forward(m, b.x, B, T, g.S);
-        g.loss += model_loss(m, b.targets, b.weights, 1);
-        for (int i = 0; i < B; i++) g.mean_t += b.t[i] / rows;
-        for (int i = 0; i < B * T; i++) g.masked += b.weights[i] > 0;
+        data_batch(d, targets, seed, step, first, B, T);
+        g.masked += model_noise(m, targets, B, T, seed, step, first, rows);
+        model_forward(m, g.S);
+        g.loss += model_loss(m, 1);
     }
-    g.norm = gradient_norm(&m->grads);
+    for (int row = 0; row < rows; row++) g.mean_t += noise_level(seed, step, row, rows) / rows;
+    g.norm = gradient_norm(m);
+    free(targets);
     return g;
 }
 
 // NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error
 // (an upper estimate, as the t are stratified). Depends on the seed alone: every S, and every model of the same T, sees the same masks.
 static double evaluate(Model *m, const Data *d, int S, int rows, int B, uint64_t seed, double *error) {
-    int T = m->config.max_seq_len;
+    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
     int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
-    Batch b = batch_build(B, T);
     double *nelbo = (double *)allocate(rows, sizeof(double), "the rows"), mean = 0, variance = 0;
     for (int first = 0; first < rows; first += B) {
         int n = min_int(B, rows - first);
-        for (int i = 0; i < n; i++) data_row(d, b.targets + (size_t)i * T, (first + i) * stride % available, T, T);
-        add_noise(b.x, b.t, b.weights, b.targets, m->config, seed, 0, first, n, rows, T);
-        model_forward(m, b.x, n, T, S);
-        model_loss(m, b.targets, b.weights, 0);
-        for (int i = 0, r = 0; i < n * T; i++)
-            if (b.weights[i] > 0) nelbo[first + i / T] += (double)b.weights[i] * m->losses[r++] * rows;
+        for (int i = 0; i < n; i++) data_row(d, targets + (size_t)i * T, (first + i) * stride % available, T, T);
+        model_noise(m, targets, n, T, seed, 0, first, rows);
+        model_forward(m, S);
+        model_loss(m, 0);
+        for (int i = 0; i < n; i++) nelbo[first + i] = m->row_loss[i] * rows;
     }
     for (int r = 0; r < rows; r++) mean += nelbo[r] / rows;
     for (int r = 0; r < rows; r++) variance += (nelbo[r] - mean) * (nelbo[r] - mean) / max_int(1, rows - 1);
     *error = sqrt(variance / rows);
-    batch_free(b), free(nelbo);
+    free(targets), free(nelbo);
     return mean;
 }
 
@@ -1401,26 +1509,6 @@ typedef struct {
     double temperature;
     uint64_t seed;
 } SampleOptions;
-
-// One token from softmax(logits / temperature), logits (V), by a uniform u; temperature 0 takes the likeliest. Inverts the
-// cumulative distribution in double: Gumbel noise in float32, the usual way, is known to lower the effective temperature of
-// masked diffusion (Zheng et al. 2024). *confidence is the token's probability under softmax(logits).
-static int sample_token(const float *logits, int V, double temperature, double u, double *confidence) {
-    int best = 0, chosen;
-    double sum = 0, total = 0;
-    for (int v = 1; v < V; v++)
-        if (logits[v] > logits[best]) best = v;
-    for (int v = 0; v < V; v++) sum += exp((double)logits[v] - logits[best]);
-    chosen = best;
-    if (temperature > 0) {
-        for (int v = 0; v < V; v++) total += exp(((double)logits[v] - logits[best]) / temperature);
-        double left = u * total;
-        for (chosen = 0; chosen < V - 1; chosen++)
-            if ((left -= exp(((double)logits[chosen] - logits[best]) / temperature)) < 0) break;
-    }
-    *confidence = exp((double)logits[chosen] - logits[best]) / sum;
-    return chosen;
-}
 
 // Fills in every MASK of x (B,T), in steps; other tokens never change. Row b draws the random numbers of row first_row + b, so
 // that a text does not depend on the others in its batch. show, if not NULL, is called after every step with work to do.
@@ -1444,25 +1532,21 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
             if (x[i] == mask && (o.order == ORDER_CONFIDENCE ? quota[i / T] > 0 : u < 1.0 / (o.steps - step))) candidates[n++] = i;
         }
         if (n == 0) continue; // nothing would change: no forward
-        model_forward(m, x, B, T, o.loops);
-        for (int r0 = 0; r0 < n; r0 += m->head_rows) {
-            int R = min_int(m->head_rows, n - r0), V = m->config.vocab_size;
-            head_forward(m, candidates + r0, R);
-            OMP(omp parallel for if (WORTH((size_t)R * V)))
-            for (int r = 0; r < R; r++) {
-                int i = candidates[r0 + r];
-                double u = random_uniform(o.seed, STREAM_TOKEN, step, (uint64_t)first_row * T + i);
-                token[i] = sample_token(m->logits + (size_t)r * V, V, o.temperature, u, &confidence[i]);
-            }
-        }
+        model_tokens(m, x, B, T);
+        model_forward(m, o.loops);
+        model_sample(m, token, confidence, candidates, n, o.temperature, o.seed, step, (uint64_t)first_row * T);
         if (o.order == ORDER_RANDOM)
-            for (int r = 0; r < n; r++) x[candidates[r]] = token[candidates[r]];
-        for (int b = 0; o.order == ORDER_CONFIDENCE && b < B; b++)
-            for (int k = 0; k < quota[b]; k++) {
-                int best = -1;
-                for (int i = b * T; i < (b + 1) * T; i++)
-                    if (x[i] == mask && (best < 0 || confidence[i] > confidence[best])) best = i;
-                x[best] = token[best];
+            for (int r = 0; r < n; r++) x[candidates[r]] = token[r];
+        else
+            for (int begin = 0, end = 0; begin < n; begin = end) { // the candidates of one row
+                int b = candidates[begin] / T;
+                while (end < n && candidates[end] / T == b) end++;
+                for (; quota[b] > 0; quota[b]--) {
+                    int best = -1;
+                    for (int r = begin; r < end; r++)
+                        if (x[candidates[r]] == mask && (best < 0 || confidence[r] > confidence[best])) best = r;
+                    x[candidates[best]] = token[best];
+                }
             }
         if (show) show(x, T, step, show_data);
     }
@@ -1494,7 +1578,7 @@ static const char *opt_data, *opt_val_data, *opt_tokenizer, *opt_model, *opt_loo
 static const char *opt_prompt, *opt_fill, *opt_text, *opt_input, *opt_output, *opt_loop_dist = "uniform", *opt_order = "confidence";
 static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1, opt_vocab = -1, opt_max_loops = -1;
 static int opt_steps = 2000, opt_batch = 16, opt_accum = 1, opt_warmup = 100, opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256;
-static int opt_resume, opt_rows = 1024, opt_length = -1, opt_sample_steps = 32, opt_n = 1, opt_watch, opt_threads;
+static int opt_resume, opt_recompute, opt_rows = 1024, opt_length = -1, opt_sample_steps = 32, opt_n = 1, opt_watch, opt_threads;
 static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1;
 static uint64_t opt_seed = 1;
 
@@ -1518,6 +1602,7 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"steps", TRAIN, 'i', &opt_steps, 1, "N", "optimizer steps in all"},
     {"batch", TRAIN | EVAL | INFO, 'i', &opt_batch, 1, "B", "rows at a time"},
     {"accum", TRAIN, 'i', &opt_accum, 1, "N", "batches whose gradients are added up for one step"},
+    {"recompute", TRAIN, 'b', &opt_recompute, 0, "", "keep only each pass's input for backward and compute the rest again: less memory, more time"},
     {"lr", TRAIN, 'f', &opt_lr, 0, "RATE", "highest learning rate"},
     {"floor", TRAIN, 'f', &opt_floor, 0, "SHARE", "where the learning rate ends, as a share of the highest"},
     {"warmup", TRAIN, 'i', &opt_warmup, 0, "N", "steps over which the learning rate rises"},
@@ -1719,14 +1804,17 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     if (!opt_resume) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
-        init_parameters(&m->params, c, opt_seed);
-        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
+        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
+        float *params = (float *)allocate(m->params.total, sizeof(float), "the parameters");
+        init_parameters(params, c, opt_seed);
+        model_set_parameters(m, params);
+        free(params);
     } else {
         checkpoint_recover(opt_out);
-        int step = checkpoint_load(m, opt_out);
+        int step = checkpoint_build(m, opt_out);
         if (memcmp(&m->config, &c, sizeof c))
             die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
-        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1);
+        model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
         p = checkpoint_resume(m, opt_out, step);
         if (p.seed != opt_seed || p.rows != opt_batch * opt_accum)
             die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
@@ -1745,6 +1833,12 @@ static void stop_training(int step, double loss, double norm, int saved) {
     char checkpoint[64] = "there is no checkpoint yet";
     if (saved >= 0) snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", saved);
     die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step, loss, norm, checkpoint, opt_out);
+}
+
+static void print_memory(const Model *m) {
+    const double MiB = 1 << 20;
+    printf("memory: %.1f MiB parameters, %.1f MiB gradients, %.1f MiB optimizer state, %.1f MiB activations\n", m->bytes[PARAMETERS] / MiB,
+           m->bytes[GRADIENTS] / MiB, m->bytes[OPTIMIZER] / MiB, m->bytes[ACTIVATIONS] / MiB);
 }
 
 static void train(void) {
@@ -1777,15 +1871,13 @@ static void train(void) {
     FILE *log = open_log(opt_out, p.step, val_loops, num_val);
     printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n", m.params.total, c.layers, c.loop_start, c.loop_end,
            c.max_loops, (long long)data.total);
-    printf("memory: %.0f MiB parameters, gradients and moments, %.0f MiB activations\n",
-           m.params.total * 16.0 / (1 << 20), m.memory_size * 4.0 / (1 << 20));
+    print_memory(&m);
 
-    Batch batch = batch_build(opt_batch, T);
     double began = seconds(), shown = began, loss_sum = 0;
     int begin = p.step, saved = opt_resume ? begin : -1, loss_count = 0;
     while (p.step < opt_steps) {
         double step_began = seconds();
-        Gradient g = train_gradient(&m, &data, batch, dist, opt_seed, p.step, rows, opt_batch);
+        Gradient g = train_gradient(&m, &data, dist, opt_seed, p.step, rows, opt_batch);
         if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
         AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip};
         model_update(&m, adamw, g.norm, ++p.step);
@@ -1825,17 +1917,18 @@ static void train(void) {
             exit(130);
         }
     }
-    fclose(log), batch_free(batch), model_free(&m);
+    fclose(log), model_free(&m);
     printf("step %d of %d is done; the model is in %s\n", p.step, opt_steps, opt_out);
 }
 
 static void eval(void) {
     Model m;
     if (!opt_model || !opt_data) die(USAGE, "eval needs --model and --data; see loopmdm eval --help");
-    int step = checkpoint_load(&m, opt_model), loops[MOST_LOOPS], n = evaluation_loops(m.config, loops, MOST_LOOPS), T = m.config.max_seq_len;
+    int step = checkpoint_build(&m, opt_model), loops[MOST_LOOPS], n = evaluation_loops(m.config, loops, MOST_LOOPS), T = m.config.max_seq_len;
     Data data = data_open(opt_data, m.config.vocab_size, T);
     if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
-    model_reserve(&m, min_int(opt_batch, opt_rows), T, 1, 0);
+    model_reserve(&m, min_int(opt_batch, opt_rows), T, 1, 0, 0);
+    checkpoint_load(&m, opt_model);
     printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
     printf("loops  passes  NELBO, nats/token  perplexity at most  GFLOP/row  tokens/s\n");
     for (int i = 0; i < n; i++) {
@@ -1913,7 +2006,7 @@ static void sample_command(void) {
     int order = choose("order", opt_order, orders, 2), loops;
     if (!opt_model) die(USAGE, "sample needs --model; see loopmdm sample --help");
     if (opt_fill && (opt_prompt || opt_length >= 0)) die(USAGE, "--fill excludes --prompt and --length");
-    checkpoint_load(&m, opt_model);
+    checkpoint_build(&m, opt_model);
     Tokenizer t = model_tokenizer(&m, opt_model);
     int mask = m.config.vocab_size, most = m.config.max_seq_len, T = opt_length < 0 ? most : opt_length;
     if (opt_loops) parse_loops(opt_loops, &loops, 1);
@@ -1934,7 +2027,8 @@ static void sample_command(void) {
     for (int i = given; i < T; i++) start[i] = mask;
     int B = opt_watch ? 1 : min_int(opt_n, 16), *x = (int *)allocate((size_t)B * T, sizeof(int), "the texts");
     SampleOptions o = {opt_sample_steps, loops, order, opt_temperature, opt_seed};
-    model_reserve(&m, B, T, 1, 0);
+    model_reserve(&m, B, T, 1, 0, 0);
+    checkpoint_load(&m, opt_model);
     for (int first = 0; first < opt_n; first += B) {
         int n = min_int(B, opt_n - first);
         Watch w = {&t, 0};
@@ -2013,7 +2107,7 @@ static void tokenize(void) {
 static int model_or_preset(Model *m) {
     if (opt_model && find_preset(opt_model) < 0) {
         if (access(opt_model, F_OK)) die(USAGE, "--model: %s is neither a folder nor a preset; these are d2, nano, d6, d12", opt_model);
-        return checkpoint_load(m, opt_model);
+        return checkpoint_build(m, opt_model);
     }
     model_build(m, config_from_options(opt_vocab < 0 ? 4096 : opt_vocab));
     return -1;
@@ -2024,7 +2118,6 @@ static void info(void) {
     int step = model_or_preset(&m);
     Config c = m.config;
     Shape s[NUM_TENSORS];
-    size_t acts[NUM_ACTS], pass = activation_sizes(c, opt_batch, c.max_seq_len, acts);
     tensor_shapes(c, s);
     printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d times\n", opt_model ? opt_model : "nano",
            c.layers, c.channels, c.heads, c.max_seq_len, c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
@@ -2036,9 +2129,11 @@ static void info(void) {
         printf("%-10s %-20s %11zu\n", s[i].name, shape, m.params.size[i]);
     }
     printf("%-31s %11zu\n\n", "total", m.params.total);
-    printf("training with --batch %d takes %.0f MiB for parameters, gradients and moments, %.1f MiB for each of up to %d passes\n", opt_batch,
-           m.params.total * 16.0 / (1 << 20), pass * 4.0 / (1 << 20), num_passes(c, c.max_loops));
-    model_free(&m);
+    for (int recompute = 0; recompute < 2; recompute++) {
+        model_plan(&m, opt_batch, c.max_seq_len, c.max_loops, 1, recompute);
+        printf("training with --batch %d%s; ", opt_batch, recompute ? " --recompute" : "");
+        print_memory(&m);
+    }
 }
 
 static void flops(void) {
@@ -2054,7 +2149,6 @@ static void flops(void) {
                flops_per_token(c, c.max_seq_len, S, 1, 0) * 1e-6, flops_per_token(c, c.max_seq_len, S, 0.5, 1) * 1e-6,
                flops_per_token(c, c.max_seq_len, S, 0.5, 1) / flops_per_token(c, c.max_seq_len, 1, 0.5, 1));
     }
-    model_free(&m);
 }
 
 int main(int argc, char **argv) {
@@ -2077,3 +2171,4 @@ int main(int argc, char **argv) {
     if (help) finish();
     return USAGE;
 }
+#endif

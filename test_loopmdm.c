@@ -1,5 +1,6 @@
 /*
-Checks loopmdm.c: against PyTorch's results in reference files, by properties that need none, and through the command line.
+Checks loopmdm.c: against PyTorch's results in reference files, by properties that need none, and through the command line. Built with
+LOOPMDM_CU=1 it checks loopmdm.cu instead, on a GPU or, prepared for it, on the CPU (dev/cuda_on_cpu.h).
 
     test_loopmdm PROGRAM FILE...     PROGRAM is the loopmdm to run, FILEs are reference files (dev/reference/README.md)
 
@@ -7,9 +8,25 @@ Every check prints a line with its error and its tolerance; an exact check has t
 of each kind, and "N passed, N failed". Exit status 1 if any failed. See README, "How it is verified".
 */
 #define main loopmdm_main
+#ifdef TEST_CUDA
+#include TEST_CUDA
+#else
 #include "loopmdm.c"
+typedef float floatX;
+enum { BF16 = 0 };
+static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+#endif
 #undef main
 #include <sys/wait.h>
+
+// What goes into matrix products has 8 significant bits in bf16, 24 in fp32.
+#define TOLERANCE(fp32, bf16) (BF16 ? (bf16) : (fp32))
+#define BF16_HIDDEN 2e-2
+#define BF16_LOSS 5e-3
+#define BF16_GRADIENT 5e-2
+#define BF16_STEPS 5e-2
+#define BF16_DIFFERENCES 5e-2
 
 static int passed, failed;
 static struct { const char *kind; double error, tolerance; int count; } kinds[128];
@@ -102,6 +119,24 @@ static void write_shard(const char *path, const int *tokens, int n) {
     free(t);
 }
 
+// The largest difference; in bf16, where a number's rounding is relative to its size, |a - b| / |b|.
+static double state_error(const float *a, const float *b, size_t n) { return BF16 ? relative_norm(a, b, n) : largest_difference(a, b, n); }
+
+static void read_logits(float *to, const Model *m, int rows) { // (rows,V)
+    int V = m->config.vocab_size;
+#ifdef TEST_CUDA
+    for (int r = 0; r < rows; r++) to_host(to + (size_t)r * V, m->logits + (size_t)r * m->padded_logits, V * sizeof(float));
+#else
+    memcpy(to, m->logits, (size_t)rows * V * sizeof(float));
+#endif
+}
+
+static void clear_gradients(Model *m) {
+    float *zeros = (float *)allocate(m->grads.total, sizeof(float), "zeros");
+    tensors_write(&m->grads, zeros);
+    free(zeros);
+}
+
 typedef struct { const int *want; size_t size; double different; } Trace; // (steps,B,T) tokens of the reference
 
 static void compare_step(const int *x, int T, int step, void *data) {
@@ -121,55 +156,61 @@ static void check_reference(const char *path, const char *folder) {
     tensor_shapes(c, shapes);
     Model m;
     model_build(&m, c);
-    model_reserve(&m, B, c.max_seq_len, c.max_loops, 1);
-    init_parameters(&m.params, c, seed);
-    check("initial parameters, checksum", (int)crc32_update(0, m.params.data, m.params.total * sizeof(float)) != *ints(&d, "init_crc"), 0, "%s", name);
-    for (int i = 0; i < NUM_TENSORS; i++) {
+    model_reserve(&m, B, c.max_seq_len, c.max_loops, 1, 0);
+    float *params = (float *)allocate(m.params.total, sizeof(float), "parameters"), *at = params;
+    init_parameters(params, c, seed);
+    check("initial parameters, checksum", (int)crc32_update(0, params, m.params.total * sizeof(float)) != *ints(&d, "init_crc"), 0, "%s", name);
+    for (int i = 0; i < NUM_TENSORS; at += m.params.size[i++]) {
         const DumpTensor *p = find(&d, "params/%s", shapes[i].name);
         if (!p || p->count != m.params.size[i]) die(FAILED, "%s: no tensor params/%s of %zu numbers", path, shapes[i].name, m.params.size[i]);
-        memcpy(m.params.tensor[i], p->data, p->count * sizeof(float));
+        memcpy(at, p->data, p->count * sizeof(float));
     }
+    model_set_parameters(&m, params);
 
     // noise: t, masks and weights
-    int *x = (int *)allocate((size_t)B * T, sizeof(int), "x");
-    float *weights = (float *)allocate((size_t)B * T, sizeof(float), "weights");
-    double *t = (double *)allocate(B, sizeof(double), "t"), worst = 0;
-    add_noise(x, t, weights, targets, c, seed, 0, 0, B, B, T);
+    size_t BT = (size_t)B * T;
+    int *x = (int *)allocate(BT, sizeof(int), "x");
+    float *weights = (float *)allocate(BT, sizeof(float), "weights");
+    double worst = 0;
     for (int b = 0; b < B; b++) {
         double want; // the file does not align doubles
         memcpy(&want, (const char *)find(&d, "t")->data + b * sizeof want, sizeof want);
-        worst = fmax(worst, fabs(t[b] - want));
+        worst = fmax(worst, fabs(noise_level(seed, 0, b, B) - want));
     }
+    int R = model_noise(&m, targets, B, T, seed, 0, 0, B);
+    to_host(x, m.x, BT * sizeof(int));
+    to_host(weights, m.weights, BT * sizeof(float));
     check("noise level t", worst, 0, "%s", name);
-    check("masks, tokens that differ", count_different(x, ints(&d, "x"), (size_t)B * T), 0, "%s", name);
-    check("weights", largest_difference(weights, floats(&d, "weights", 0), (size_t)B * T), 0, "%s", name);
+    check("masks, tokens that differ", count_different(x, ints(&d, "x"), BT), 0, "%s", name);
+    check("weights", largest_difference(weights, floats(&d, "weights", 0), BT), 0, "%s", name);
 
     // forward and backward at each S
-    float *logits = (float *)allocate((size_t)B * T * V, sizeof(float), "logits");
+    float *logits = (float *)allocate(BT * V, sizeof(float), "logits"), *state = (float *)allocate(BT * C, sizeof(float), "a state"), *grads = params;
     for (int s = 0; s < num_loops; s++) {
-        int S = loops[s], n = c.loop_end - c.loop_start, R = 0;
-        float *a[NUM_ACTS];
-        model_forward(&m, x, B, T, S);
-        worst = 0;
+        int S = loops[s], n = c.loop_end - c.loop_start;
+        double states_error = 0, hidden_error;
+        model_forward(&m, S);
         for (int loop = 0; n && loop < S; loop++) {
-            const float *state = floats(&d, "states/%d", S) + (size_t)loop * B * T * C;
-            worst = fmax(worst, largest_difference(pass_input(&m, c.loop_start + (loop + 1) * n), state, (size_t)B * T * C));
+            to_host(state, pass_input(&m, c.loop_start + (loop + 1) * n), BT * C * sizeof(float));
+            states_error = fmax(states_error, state_error(state, floats(&d, "states/%d", S) + loop * BT * C, BT * C));
         }
-        pass_acts(&m, num_passes(c, S) - 1, a);
-        check("hidden states, largest difference", fmax(worst, largest_difference(a[RES3], floats(&d, "hidden/%d", S), (size_t)B * T * C)), 1e-4, "%s S=%d", name, S);
-        double loss = model_loss(&m, targets, weights, 1), want = floats(&d, "loss/%d", S)[0];
-        check("loss, relative", fabs(loss - want) / want, 1e-5, "%s S=%d", name, S);
-        for (int i = 0; i < B * T; i++) R += weights[i] > 0;
+        to_host(state, pass_input(&m, num_passes(c, S)), BT * C * sizeof(float));
+        hidden_error = state_error(state, floats(&d, "hidden/%d", S), BT * C);
+        check(BF16 ? "hidden states, relative" : "hidden states, largest difference", fmax(states_error, hidden_error), TOLERANCE(1e-4, BF16_HIDDEN), "%s S=%d", name, S);
+        double loss = model_loss(&m, 1), want = floats(&d, "loss/%d", S)[0];
+        check("loss, relative", fabs(loss - want) / want, TOLERANCE(1e-5, BF16_LOSS), "%s S=%d", name, S);
+        tensors_read(grads, &m.grads);
         for (int r0 = 0; r0 < R; r0 += m.head_rows) {
             int rows = min_int(m.head_rows, R - r0);
             head_forward(&m, m.rows + r0, rows);
-            memcpy(logits + (size_t)r0 * V, m.logits, (size_t)rows * V * sizeof(float));
+            read_logits(logits + (size_t)r0 * V, &m, rows);
         }
-        check("logits, largest difference", largest_difference(logits, floats(&d, "logits/%d", S), (size_t)R * V), 1e-4, "%s S=%d, %d masked rows", name, S, R);
-        for (int i = 0; i < NUM_TENSORS; i++)
-            check("gradients, relative to their norm", relative_norm(m.grads.tensor[i], (const float *)find(&d, "grad%d/%s", S, shapes[i].name)->data, m.grads.size[i]), 1e-4,
-                  "%s S=%d %s", name, S, shapes[i].name);
-        memset(m.grads.data, 0, m.grads.total * sizeof(float));
+        check(BF16 ? "logits, relative" : "logits, largest difference", state_error(logits, floats(&d, "logits/%d", S), (size_t)R * V), TOLERANCE(1e-4, BF16_HIDDEN), "%s S=%d, %d masked rows", name, S, R);
+        at = grads;
+        for (int i = 0; i < NUM_TENSORS; at += m.grads.size[i++])
+            check("gradients, relative to their norm", relative_norm(at, (const float *)find(&d, "grad%d/%s", S, shapes[i].name)->data, m.grads.size[i]),
+                  TOLERANCE(1e-4, BF16_GRADIENT), "%s S=%d %s", name, S, shapes[i].name);
+        clear_gradients(&m);
     }
 
     // NELBO of 10 rows for each S, and the samplers' traces
@@ -178,10 +219,10 @@ static void check_reference(const char *path, const char *folder) {
     Data data = data_open(shard, V, c.max_seq_len);
     for (int s = 0; s < num_loops; s++) {
         double error, want = floats(&d, "nelbo", 0)[s];
-        check("NELBO, relative", fabs(evaluate(&m, &data, loops[s], 10, B, seed, &error) - want) / want, 1e-5, "%s S=%d", name, loops[s]);
+        check("NELBO, relative", fabs(evaluate(&m, &data, loops[s], 10, B, seed, &error) - want) / want, TOLERANCE(1e-5, BF16_LOSS), "%s S=%d", name, loops[s]);
     }
     static const struct { const char *name; int order; double temperature; } samplers[] = {{"random", ORDER_RANDOM, 1}, {"confidence", ORDER_CONFIDENCE, 0.7}, {"greedy", ORDER_CONFIDENCE, 0}};
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < 3 && !BF16; k++) { // untrained, the likeliest tokens are too close together for bf16 to find the same
         char trace[32];
         snprintf(trace, sizeof trace, "sample_%s", samplers[k].name);
         SampleOptions o = {5, loops[num_loops - 1], samplers[k].order, samplers[k].temperature, (uint64_t)seed};
@@ -194,10 +235,9 @@ static void check_reference(const char *path, const char *folder) {
 
     // ten optimizer steps of two batches each, with S varying
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1};
-    Batch batch = batch_build(B, c.max_seq_len);
     double loss_error = 0, norm_error = 0, loops_error = 0;
     for (int step = 0; step < 10; step++) {
-        Gradient g = train_gradient(&m, &data, batch, LOOPS_UNIFORM, seed, step, 2 * B, B);
+        Gradient g = train_gradient(&m, &data, LOOPS_UNIFORM, seed, step, 2 * B, B);
         o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
         model_update(&m, o, g.norm, step + 1);
         loss_error = fmax(loss_error, fabs(g.loss - floats(&d, "train_loss", 0)[step]));
@@ -205,10 +245,10 @@ static void check_reference(const char *path, const char *folder) {
         loops_error += g.S != ints(&d, "train_loops")[step];
     }
     check("loops drawn, that differ", loops_error, 0, "%s", name);
-    check("losses of 10 AdamW steps", loss_error, 1e-4, "%s", name);
-    check("gradient norms of 10 steps, relative", norm_error, 1e-4, "%s", name);
+    check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, BF16_STEPS), "%s", name);
+    check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s", name);
 
-    batch_free(batch), free(x), free(weights), free(t), free(logits), free(shard), free(d.tensors);
+    free(x), free(weights), free(logits), free(state), free(params), free(shard), free(d.tensors);
     munmap((void *)d.file, d.bytes);
     model_free(&m);
 }
@@ -216,6 +256,7 @@ static void check_reference(const char *path, const char *folder) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Properties that need no reference
 
+#ifndef TEST_CUDA
 static void check_arithmetic(void) {
     double worst = 0;
     for (float x = -87; x < 88; x += 0.00137f) worst = fmax(worst, fabs(exp_fast(x) / exp(x) - 1));
@@ -245,6 +286,179 @@ static void check_arithmetic(void) {
     }
     check("matrix product, relative", worst, 5e-6, "%d shapes, 8 layouts", N * N * N);
 }
+#endif
+
+// ---- layers by themselves, against plain loops in double: sizes around every tile ----
+
+static void *device_array(size_t bytes) {
+#ifdef TEST_CUDA
+    void *p;
+    cuda_check(cudaMalloc(&p, bytes), "a test");
+    return p;
+#else
+    return allocate(bytes, 1, "a test");
+#endif
+}
+
+static void device_free(void *p) {
+#ifdef TEST_CUDA
+    cuda_check(cudaFree(p), "a test");
+#else
+    free(p);
+#endif
+}
+
+// An array (n), where the model lives, of random numbers from -scale/2 to scale/2, as a layer takes them; values (n) get what they are.
+static int arrays_made;
+static float *random_floats(float *values, size_t n, float scale) {
+    arrays_made++;
+    for (size_t i = 0; i < n; i++) values[i] = scale * ((float)random_uniform(11, 0, arrays_made, i) - 0.5f);
+    float *p = (float *)device_array(n * sizeof(float));
+    to_device(p, values, n * sizeof(float));
+    return p;
+}
+
+static floatX *random_x(float *values, size_t n, float scale) {
+    floatX *host = (floatX *)allocate(n, sizeof(floatX), "a test"), *p = (floatX *)device_array(n * sizeof(floatX));
+    arrays_made++;
+    for (size_t i = 0; i < n; i++) {
+        host[i] = (floatX)(scale * ((float)random_uniform(11, 0, arrays_made, i) - 0.5f));
+        values[i] = (float)host[i];
+    }
+    to_device(p, host, n * sizeof(floatX));
+    free(host);
+    return p;
+}
+
+static void read_x(float *values, const floatX *p, size_t n) {
+    floatX *host = (floatX *)allocate(n, sizeof(floatX), "a test");
+    to_host(host, p, n * sizeof(floatX));
+    for (size_t i = 0; i < n; i++) values[i] = (float)host[i];
+    free(host);
+}
+
+#define ARRAY(n) ((float *)allocate(n, sizeof(float), "a test"))
+
+static double matmul_error(float got, double want) { return fabs(got - want) / fmax(1, fabs(want)); }
+
+static void check_matmul(int M, int C, int OC, double *forward, double *dinput, double *dweight_error) {
+    float *inp = ARRAY(M * C), *weight = ARRAY(OC * C), *bias = ARRAY(OC), *dout = ARRAY(M * OC), *dweight = ARRAY(OC * C), *dbias = ARRAY(OC);
+    float *out = ARRAY(M * OC), *dinp = ARRAY(M * C), *dw = ARRAY(OC * C), *db = ARRAY(OC);
+    floatX *inp_ = random_x(inp, M * C, 1), *weight_ = random_x(weight, OC * C, 1), *dout_ = random_x(dout, M * OC, 1), *out_ = random_x(out, M * OC, 1), *dinp_ = random_x(dinp, M * C, 1);
+    float *bias_ = random_floats(bias, OC, 1), *dweight_ = random_floats(dweight, OC * C, 1), *dbias_ = random_floats(dbias, OC, 1);
+#ifdef TEST_CUDA
+    float none;
+    Parts parts = {random_floats(&none, 0, 1), 0, 8};
+    device_free(parts.memory);
+    parts.size = (size_t)2 * OC * C + 4 * OC;
+    parts.memory = (float *)device_array(parts.size * sizeof(float));
+    matmul_forward(Store<floatX>{out_, OC, bias_}, inp_, weight_, M, C, OC);
+    matmul_backward(Store<floatX>{dinp_, C, NULL}, dweight_, dbias_, dout_, OC, inp_, weight_, M, C, OC, parts);
+    device_free(parts.memory);
+#else
+    matmul_forward(out_, inp_, weight_, bias_, M, C, OC);
+    matmul_backward(dinp_, dweight_, dbias_, dout_, inp_, weight_, M, C, OC);
+#endif
+    read_x(out, out_, M * OC), read_x(dinp, dinp_, M * C);
+    to_host(dw, dweight_, OC * C * sizeof(float)), to_host(db, dbias_, OC * sizeof(float));
+    int row = max_int(1, M / 9), column = max_int(1, OC / 9);
+    for (int i = 0; i < M; i += i == M - 2 ? 1 : min_int(row, max_int(1, M - 2 - i))) { // some rows, and the last ones
+        for (int j = 0; j < OC; j++) {
+            double sum = bias[j];
+            for (int k = 0; k < C; k++) sum += (double)inp[i * C + k] * weight[j * C + k];
+            *forward = fmax(*forward, matmul_error(out[i * OC + j], sum));
+        }
+        for (int j = 0; j < C; j++) {
+            double sum = 0;
+            for (int k = 0; k < OC; k++) sum += (double)dout[i * OC + k] * weight[k * C + j];
+            *dinput = fmax(*dinput, matmul_error(dinp[i * C + j], sum));
+        }
+    }
+    for (int i = 0; i < OC; i += i == OC - 2 ? 1 : min_int(column, max_int(1, OC - 2 - i))) {
+        double sum = dbias[i];
+        for (int k = 0; k < M; k++) sum += dout[k * OC + i];
+        *dweight_error = fmax(*dweight_error, matmul_error(db[i], sum));
+        for (int j = 0; j < C; j++) {
+            sum = dweight[i * C + j];
+            for (int k = 0; k < M; k++) sum += (double)dout[k * OC + i] * inp[k * C + j];
+            *dweight_error = fmax(*dweight_error, matmul_error(dw[i * C + j], sum));
+        }
+    }
+    device_free(inp_), device_free(weight_), device_free(dout_), device_free(out_), device_free(dinp_), device_free(bias_), device_free(dweight_), device_free(dbias_);
+    free(inp), free(weight), free(bias), free(dout), free(dweight), free(dbias), free(out), free(dinp), free(dw), free(db);
+}
+
+// q, k, v (T,D) of one head inside (B,T,3C) -> out and the gradients dq, dk, dv, all in double
+static void check_attention(int B, int T, int NH, int D, double *forward, double *backward) {
+    int C = NH * D;
+    size_t n = (size_t)B * T * C;
+    float *qkv = ARRAY(3 * n), *dout = ARRAY(n), *out = ARRAY(n), *dqkv = ARRAY(3 * n), *want = ARRAY(n), *dwant = ARRAY(3 * n);
+    floatX *qkv_ = random_x(qkv, 3 * n, 4), *dout_ = random_x(dout, n, 1), *out_ = random_x(out, n, 1), *dqkv_ = random_x(dqkv, 3 * n, 1);
+    float *lse_ = (float *)device_array((size_t)B * NH * T * sizeof(float));
+#ifdef TEST_CUDA
+    float *delta_ = (float *)device_array((size_t)B * NH * T * sizeof(float));
+    attention_forward(out_, lse_, qkv_, B, T, C, NH);
+    attention_backward(dqkv_, delta_, dout_, out_, qkv_, lse_, B, T, C, NH);
+    device_free(delta_);
+#else
+    attention_forward(out_, lse_, qkv_, B, T, C, NH);
+    attention_backward(dqkv_, dout_, qkv_, lse_, B, T, C, NH);
+#endif
+    read_x(out, out_, n), read_x(dqkv, dqkv_, 3 * n);
+    double *p = (double *)allocate(T, sizeof(double), "a test"), *dp = (double *)allocate(T, sizeof(double), "a test"), *dkv = (double *)allocate(2 * (size_t)T * D, sizeof(double), "a test");
+    for (int bh = 0; bh < B * NH; bh++) {
+        const float *q = qkv + (size_t)(bh / NH) * T * 3 * C + bh % NH * D, *k = q + C, *v = k + C;
+        size_t row = (size_t)(bh / NH) * T * C + bh % NH * D;
+        memset(dkv, 0, 2 * (size_t)T * D * sizeof(double));
+        for (int i = 0; i < T; i++) {
+            double largest = -1e30, sum = 0, delta = 0;
+            for (int j = 0; j < T; j++) {
+                p[j] = dp[j] = 0;
+                for (int d = 0; d < D; d++) p[j] += (double)q[i * 3 * C + d] * k[j * 3 * C + d] / sqrt(D), dp[j] += (double)dout[row + i * C + d] * v[j * 3 * C + d];
+                largest = fmax(largest, p[j]);
+            }
+            for (int j = 0; j < T; j++) sum += p[j] = exp(p[j] - largest);
+            for (int j = 0; j < T; j++) p[j] /= sum, delta += p[j] * dp[j];
+            for (int d = 0; d < D; d++) {
+                double y = 0, dq = 0;
+                for (int j = 0; j < T; j++) {
+                    double ds = p[j] * (dp[j] - delta) / sqrt(D);
+                    y += p[j] * v[j * 3 * C + d];
+                    dq += ds * k[j * 3 * C + d];
+                    dkv[j * D + d] += ds * q[i * 3 * C + d];
+                    dkv[(T + j) * D + d] += p[j] * dout[row + i * C + d];
+                }
+                want[row + i * C + d] = (float)y;
+                dwant[3 * row - 2 * (bh % NH * D) + i * 3 * C + d] = (float)dq;
+            }
+        }
+        for (int j = 0; j < T; j++)
+            for (int d = 0; d < D; d++)
+                for (int which = 0; which < 2; which++)
+                    dwant[3 * row - 2 * (bh % NH * D) + j * 3 * C + (which + 1) * C + d] = (float)dkv[(which * T + j) * D + d];
+    }
+    *forward = fmax(*forward, relative_norm(out, want, n));
+    *backward = fmax(*backward, relative_norm(dqkv, dwant, 3 * n));
+    device_free(qkv_), device_free(dout_), device_free(out_), device_free(dqkv_), device_free(lse_);
+    free(qkv), free(dout), free(out), free(dqkv), free(want), free(dwant), free(p), free(dp), free(dkv);
+}
+
+static void check_layers(void) {
+    static const int rows[] = {1, 17, 128, 131, 700}, channels[] = {2, 6, 32, 130, 200}, outputs[] = {2, 64, 130, 264};
+    double forward = 0, dinput = 0, dweight = 0;
+    for (int i = 0; i < 100; i++) check_matmul(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &forward, &dinput, &dweight);
+    // in bf16 the results are rounded to 8 bits: half a unit in the last place is 2^-9 of a number
+    check("matmul_forward", forward, TOLERANCE(5e-6, 1 / 500.), "100 shapes");
+    check("matmul_backward, input", dinput, TOLERANCE(5e-6, 1 / 500.), "100 shapes");
+    check("matmul_backward, weight and bias", dweight, TOLERANCE(1e-5, 1e-4), "100 shapes, sums of up to 700");
+    static const int T[] = {1, 17, 64, 65, 130}, D[] = {2, 8, 20, 32, 48, 64, 66, 128};
+    double backward = 0;
+    forward = 0;
+    for (int i = 0; i < 40; i++) check_attention(2, T[i % 5], 2, D[i / 5], &forward, &backward);
+    // in bf16 probabilities, scores' gradients and results are rounded: three times 2^-9 at most on the way
+    check("attention_forward, relative", forward, TOLERANCE(1e-6, 3 / 512.), "T = 1 .. 130, heads of 2 .. 128");
+    check("attention_backward, relative", backward, TOLERANCE(3e-6, 3 / 512.), "T = 1 .. 130, heads of 2 .. 128");
+}
 
 static Config small_config(int a, int b) {
     Config c = {24, 50, 64, 4, 2, 16, a, b, 4};
@@ -253,109 +467,130 @@ static Config small_config(int a, int b) {
 
 static void build_small(Model *m, Config c, int B) { // parameters away from their start, so that every gradient is alive
     model_build(m, c);
-    init_parameters(&m->params, c, 3);
-    for (size_t i = 0; i < m->params.total; i++) m->params.data[i] += 0.2f * (float)(random_uniform(4, 0, 0, i) - 0.5);
-    model_reserve(m, B, c.max_seq_len, c.max_loops, 1);
+    model_reserve(m, B, c.max_seq_len, c.max_loops, 1, 0);
+    float *params = ARRAY(m->params.total);
+    init_parameters(params, c, 3);
+    for (size_t i = 0; i < m->params.total; i++) params[i] += 0.2f * (float)(random_uniform(4, 0, 0, i) - 0.5);
+    model_set_parameters(m, params);
+    free(params);
 }
 
-typedef struct { int x[8 * 24], targets[8 * 24]; float weights[8 * 24]; double t[8]; } SmallBatch;
+static void copy_parameters(Model *to, const Model *from) {
+    float *params = ARRAY(from->params.total);
+    tensors_read(params, &from->params);
+    model_set_parameters(to, params);
+    free(params);
+}
 
-static void make_batch(SmallBatch *b, Config c, int step, int first, int B, int total) {
-    for (int i = 0; i < B * 24; i++) b->targets[i] = (int)(random_bits(7, 0, step, first * 24 + i) % c.vocab_size);
-    add_noise(b->x, b->t, b->weights, b->targets, c, 5, step, first, B, total, 24);
+static void set_batch(Model *m, int step, int first, int B, int total) { // rows of a step of total
+    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "targets");
+    for (int i = 0; i < B * T; i++) targets[i] = (int)(random_bits(7, 0, step, first * T + i) % m->config.vocab_size);
+    model_noise(m, targets, B, T, 5, step, first, total);
+    free(targets);
+}
+
+static double forward_loss(Model *m, int S, int backward) {
+    model_forward(m, S);
+    return model_loss(m, backward);
 }
 
 static void check_model(void) {
     Config c = small_config(1, 3);
-    SmallBatch batch;
     Model m, other;
     Shape shapes[NUM_TENSORS];
     tensor_shapes(c, shapes);
     build_small(&m, c, 8);
-    make_batch(&batch, c, 0, 0, 8, 8);
+    set_batch(&m, 0, 0, 8, 8);
+    size_t total = m.params.total;
+    float *params = ARRAY(total), *grads = ARRAY(total), *moved = ARRAY(total);
 
     // gradients against finite differences: the loss changes by |g|^2 h for a step of h along the gradient g of each tensor
-    model_forward(&m, batch.x, 8, 24, 3);
-    model_loss(&m, batch.targets, batch.weights, 1);
-    double total_norm = gradient_norm(&m.grads);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        float *p = m.params.tensor[i], *g = m.grads.tensor[i], *kept = (float *)allocate(m.params.size[i], 4, "a copy");
-        double norm = 0, loss[2];
-        for (size_t j = 0; j < m.params.size[i]; j++) kept[j] = p[j], norm += (double)g[j] * g[j];
+    forward_loss(&m, 3, 1);
+    double total_norm = gradient_norm(&m);
+    tensors_read(params, &m.params), tensors_read(grads, &m.grads);
+    for (size_t i = 0, begin = 0; i < NUM_TENSORS; begin += m.params.size[i++]) {
+        double norm = 0, loss[2], h = TOLERANCE(5e-3, 5e-2);
+        for (size_t j = begin; j < begin + m.params.size[i]; j++) norm += (double)grads[j] * grads[j];
         norm = sqrt(norm);
-        double h = 5e-3;
         for (int side = 0; side < 2; side++) {
-            for (size_t j = 0; j < m.params.size[i]; j++) p[j] = kept[j] + (float)((side ? -h : h) * g[j] / norm);
-            model_forward(&m, batch.x, 8, 24, 3);
-            loss[side] = model_loss(&m, batch.targets, batch.weights, 0);
+            memcpy(moved, params, total * sizeof(float));
+            for (size_t j = begin; j < begin + m.params.size[i]; j++) moved[j] += (float)((side ? -h : h) * grads[j] / norm);
+            model_set_parameters(&m, moved);
+            loss[side] = forward_loss(&m, 3, 0);
         }
-        memcpy(p, kept, m.params.size[i] * sizeof(float));
-        check("gradients against differences", fabs((loss[0] - loss[1]) / (2 * h) - norm) / fmax(norm, 0.01 * total_norm), 1e-2, "%s", shapes[i].name);
-        free(kept);
+        check("gradients against differences", fabs((loss[0] - loss[1]) / (2 * h) - norm) / fmax(norm, 0.01 * total_norm), TOLERANCE(1e-2, BF16_DIFFERENCES), "%s", shapes[i].name);
     }
+    model_set_parameters(&m, params);
+
+    // gradients with --recompute are the same numbers, and are added to what is there
+    Model less;
+    model_build(&less, c);
+    model_reserve(&less, 8, 24, c.max_loops, 1, 1);
+    copy_parameters(&less, &m);
+    set_batch(&less, 0, 0, 8, 8);
+    forward_loss(&less, 3, 1);
+    tensors_read(moved, &less.grads);
+    check("recomputed equals stored", largest_difference(moved, grads, total), 0, "gradients at S=3");
+    check("recomputing takes less memory", !(less.bytes[ACTIVATIONS] < m.bytes[ACTIVATIONS]), 0, "activations");
+    forward_loss(&less, 3, 1);
+    tensors_read(moved, &less.grads);
+    for (size_t i = 0; i < total; i++) grads[i] *= 2;
+    check("gradients are added up, relative", relative_norm(moved, grads, total), 1e-6, "twice the same batch");
+    model_free(&less);
 
     // the same memory for all passes gives the same forward as memory for each
     model_build(&other, c);
-    memcpy(other.params.data, m.params.data, m.params.total * sizeof(float));
-    model_reserve(&other, 8, 24, 1, 0);
-    model_forward(&m, batch.x, 8, 24, 4);
-    model_forward(&other, batch.x, 8, 24, 4);
-    double difference = model_loss(&m, batch.targets, batch.weights, 0) - model_loss(&other, batch.targets, batch.weights, 0);
-    check("inference equals training", fabs(difference), 0, "S=4");
+    model_reserve(&other, 8, 24, 1, 0, 0);
+    copy_parameters(&other, &m);
+    set_batch(&other, 0, 0, 8, 8);
+    check("inference equals training", fabs(forward_loss(&m, 4, 0) - forward_loss(&other, 4, 0)), 0, "S=4");
     Model deep;
     model_build(&deep, c);
-    memcpy(deep.params.data, m.params.data, m.params.total * sizeof(float));
-    model_reserve(&deep, 8, 24, 16, 1);
-    model_forward(&deep, batch.x, 8, 24, 16);
-    model_forward(&other, batch.x, 8, 24, 16);
-    difference = model_loss(&deep, batch.targets, batch.weights, 0) - model_loss(&other, batch.targets, batch.weights, 0);
-    check("inference equals training", fabs(difference), 0, "S=16, beyond S_max");
+    model_reserve(&deep, 8, 24, 16, 1, 0);
+    copy_parameters(&deep, &m);
+    set_batch(&deep, 0, 0, 8, 8);
+    check("inference equals training", fabs(forward_loss(&deep, 16, 0) - forward_loss(&other, 16, 0)), 0, "S=16, beyond S_max");
     model_free(&deep);
 
     // S = 1 is a plain transformer, and so is any S without a loop; with one, S matters
     other.config.loop_start = other.config.loop_end = 0;
-    double plain, looped[2];
-    model_forward(&other, batch.x, 8, 24, 1);
-    plain = model_loss(&other, batch.targets, batch.weights, 0);
+    double plain = forward_loss(&other, 1, 0), looped[2];
     for (int S = 1; S < 3; S++) {
-        model_forward(&m, batch.x, 8, 24, S);
-        looped[S - 1] = model_loss(&m, batch.targets, batch.weights, 0);
-        model_forward(&other, batch.x, 8, 24, S);
-        check("no loop: S does not matter", fabs(model_loss(&other, batch.targets, batch.weights, 0) - plain), 0, "S=%d", S);
+        looped[S - 1] = forward_loss(&m, S, 0);
+        check("no loop: S does not matter", fabs(forward_loss(&other, S, 0) - plain), 0, "S=%d", S);
     }
     check("S=1 equals a plain MDM", fabs(looped[0] - plain), 0, "loss");
     check("S=2 differs from a plain MDM", fabs(looped[1] - plain) < 1e-4, 0, "loss");
     model_free(&other);
 
     // two batches whose gradients are added up are one batch of twice the rows: the same noise, the same gradient
-    float *whole = (float *)allocate(m.grads.total, 4, "gradients");
-    SmallBatch half;
-    double loss = 0;
-    memset(m.grads.data, 0, m.grads.total * sizeof(float));
-    model_forward(&m, batch.x, 8, 24, 2);
-    double whole_loss = model_loss(&m, batch.targets, batch.weights, 1), different = 0;
-    memcpy(whole, m.grads.data, m.grads.total * sizeof(float));
-    memset(m.grads.data, 0, m.grads.total * sizeof(float));
+    int x[8 * 24], half[4 * 24];
+    double loss = 0, different = 0;
+    clear_gradients(&m);
+    double whole_loss = forward_loss(&m, 2, 1);
+    tensors_read(grads, &m.grads);
+    to_host(x, m.x, sizeof x);
+    clear_gradients(&m);
     for (int first = 0; first < 8; first += 4) {
-        make_batch(&half, c, 0, first, 4, 8);
-        different += count_different(half.x, batch.x + first * 24, 4 * 24);
-        model_forward(&m, half.x, 4, 24, 2);
-        loss += model_loss(&m, half.targets, half.weights, 1);
+        set_batch(&m, 0, first, 4, 8);
+        to_host(half, m.x, sizeof half);
+        different += count_different(half, x + first * 24, 4 * 24);
+        loss += forward_loss(&m, 2, 1);
     }
+    tensors_read(moved, &m.grads);
     check("accumulation: masks that differ", different, 0, "2 x 4 rows and 8 rows");
     check("accumulation: loss, relative", fabs(loss / whole_loss - 1), 1e-6, "2 x 4 rows and 8 rows");
-    check("accumulation: gradient, relative", relative_norm(m.grads.data, whole, m.grads.total), 1e-5, "2 x 4 rows and 8 rows");
-    free(whole);
+    check("accumulation: gradient, relative", relative_norm(moved, grads, total), TOLERANCE(1e-5, 1e-4), "2 x 4 rows and 8 rows");
 
     // noise: the share of masks follows t; t is stratified
     double masked = 0, expected = 0, spread = 0;
     for (int step = 0; step < 500; step++) {
-        make_batch(&half, c, step, 0, 8, 8);
-        for (int i = 0; i < 8 * 24; i++) masked += half.x[i] == c.vocab_size, expected += half.t[i / 24];
         for (int b = 0; b < 8; b++) {
+            double t = noise_level(5, step, b, 8);
             int bin = 0;
-            for (int other_b = 0; other_b < 8; other_b++) bin += half.t[other_b] < half.t[b];
-            spread = fmax(spread, fabs(half.t[b] - (bin + 0.5) / 8) - 0.5 / 8);
+            for (int i = 0; i < 24; i++) masked += becomes_mask(5, step, b * 24 + i, t), expected += t;
+            for (int other_b = 0; other_b < 8; other_b++) bin += noise_level(5, step, other_b, 8) < t;
+            spread = fmax(spread, fabs(t - (bin + 0.5) / 8) - 0.5 / 8);
         }
     }
     check("share of masked tokens", fabs(masked / expected - 1), 0.01, "500 batches");
@@ -376,11 +611,14 @@ static void check_model(void) {
 
     // only matrices decay, and a step with no gradient moves nothing else
     AdamW o = {0.5, 0.9, 0.95, 1e-8, 0.1, 1};
-    memset(m.grads.data, 0, m.grads.total * sizeof(float));
-    float before = m.params.tensor[FCW][5], bias = m.params.tensor[FCB][5], gain = m.params.tensor[LN1W][5];
-    memset(m.moment1.data, 0, m.moment1.total * sizeof(float));
+    clear_gradients(&m); // the moments are zero since model_reserve()
     model_update(&m, o, 0, 1);
-    check("weight decay", fabsf(m.params.tensor[FCW][5] - before * 0.95f) + fabsf(m.params.tensor[FCB][5] - bias) + fabsf(m.params.tensor[LN1W][5] - gain), 1e-7, "matrix, bias, gain");
+    tensors_read(moved, &m.params);
+    double wrong = 0;
+    for (size_t i = 0, begin = 0; i < NUM_TENSORS; begin += m.params.size[i++])
+        for (size_t j = begin; j < begin + m.params.size[i]; j++) wrong = fmax(wrong, fabs(moved[j] - params[j] * (shapes[i].in ? 0.95 : 1)));
+    check("weight decay", wrong, 1e-7, "matrices, and nothing else");
+    free(params), free(grads), free(moved);
     model_free(&m);
 }
 
@@ -388,35 +626,52 @@ static void check_threads(void) {
 #ifdef _OPENMP
     Config c = {100, 300, 320, 3, 3, 60, 1, 2, 4};
     Model m[2];
-    int n = 4 * 100, *targets = (int *)allocate(n, sizeof(int), "targets"), *x = (int *)allocate(n, sizeof(int), "x");
-    float *weights = (float *)allocate(n, sizeof(float), "weights");
-    double t[4], loss[2], norm[2];
-    for (int i = 0; i < n; i++) targets[i] = (int)(random_bits(1, 0, 0, i) % 300);
+    float *params[2];
+    double loss[2], norm[2];
     for (int k = 0; k < 2; k++) {
         omp_set_num_threads(k ? 2 : 1);
         build_small(&m[k], c, 4);
         for (int step = 0; step < 3; step++) {
-            add_noise(x, t, weights, targets, c, 5, step, 0, 4, 4, 100);
-            model_forward(&m[k], x, 4, 100, 3);
-            loss[k] = model_loss(&m[k], targets, weights, 1);
-            norm[k] = gradient_norm(&m[k].grads);
+            set_batch(&m[k], step, 0, 4, 4);
+            loss[k] = forward_loss(&m[k], 3, 1);
+            norm[k] = gradient_norm(&m[k]);
             AdamW o = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
             model_update(&m[k], o, norm[k], step + 1);
         }
+        params[k] = ARRAY(m[k].params.total);
+        tensors_read(params[k], &m[k].params);
     }
-    check("one thread equals two", fabs(loss[0] - loss[1]) + fabs(norm[0] - norm[1]) + largest_difference(m[0].params.data, m[1].params.data, m[0].params.total), 0, "loss, norm, parameters after 3 steps");
+    check("one thread equals two", fabs(loss[0] - loss[1]) + fabs(norm[0] - norm[1]) + largest_difference(params[0], params[1], m[0].params.total), 0, "loss, norm, parameters after 3 steps");
     omp_set_num_threads(omp_get_num_procs());
     model_free(&m[0]), model_free(&m[1]);
-    free(targets), free(x), free(weights);
+    free(params[0]), free(params[1]);
 #endif
+}
+
+// sample_forward() of logits (R,V) at these temperatures, wherever it runs
+static void sample_rows(int *token, double *confidence, const float *logits, const int *rows, int R, int V, double temperature) {
+    int *rows_ = (int *)device_array(R * sizeof(int)), *token_ = (int *)device_array(R * sizeof(int));
+    float *logits_ = (float *)device_array((size_t)R * V * sizeof(float));
+    double *confidence_ = (double *)device_array(R * sizeof(double));
+    to_device(rows_, rows, R * sizeof(int)), to_device(logits_, logits, (size_t)R * V * sizeof(float));
+#ifdef TEST_CUDA
+    sample_forward(token_, confidence_, logits_, rows_, R, V, V, temperature, 1, 2, 0);
+#else
+    sample_forward(token_, confidence_, logits_, rows_, R, V, temperature, 1, 2, 0);
+#endif
+    to_host(token, token_, R * sizeof(int)), to_host(confidence, confidence_, R * sizeof(double));
+    device_free(rows_), device_free(token_), device_free(logits_), device_free(confidence_);
 }
 
 static void check_sampler(void) {
     Config c = small_config(1, 3);
     Model m;
     model_build(&m, c);
-    init_parameters(&m.params, c, 3);
-    model_reserve(&m, 3, 24, 1, 0);
+    model_reserve(&m, 3, 24, 1, 0, 0);
+    float *params = ARRAY(m.params.total);
+    init_parameters(params, c, 3);
+    model_set_parameters(&m, params);
+    free(params);
     int given[3 * 24], x[3 * 24], alone[24];
     double changed = 0, masks = 0, batch = 0;
     for (int k = 0; k < 40; k++) {
@@ -434,19 +689,29 @@ static void check_sampler(void) {
     check("alone or in a batch, that differ", batch, 0, "40 samples of 3 rows");
     model_free(&m);
 
-    // 100,000 draws follow softmax(logits / temperature): chi-square with 4 degrees of freedom; 18.5 has probability 0.001
-    const float logits[5] = {0, 1, -1, 2, 0.5f};
-    for (int k = 0; k < 2; k++) {
-        double temperature = k ? 0.5 : 1, p[5], total = 0, chi = 0, confidence;
-        int count[5] = {0};
-        for (int v = 0; v < 5; v++) total += p[v] = exp(logits[v] / temperature);
-        for (int i = 0; i < 100000; i++) count[sample_token(logits, 5, temperature, random_uniform(1, 2, k, i), &confidence)]++;
-        for (int v = 0; v < 5; v++) chi += pow(count[v] - 1e5 * p[v] / total, 2) / (1e5 * p[v] / total);
-        check("draws, chi-square", chi, 18.5, "temperature %g", temperature);
+    // 20,000 draws follow softmax(logits / temperature): chi-square with V - 1 degrees of freedom, whose mean that is; it exceeds the
+    // limit with a probability of 0.001
+    static const struct { int V; double temperature, limit; } draws[] = {{5, 1, 18.5}, {5, 0.5, 18.5}, {300, 1, 381}};
+    enum { DRAWS = 20000 };
+    for (int k = 0; k < 3; k++) {
+        int V = draws[k].V, *rows = (int *)allocate(DRAWS, sizeof(int), "rows"), *token = (int *)allocate(DRAWS, sizeof(int), "tokens"), *count = (int *)allocate(V, sizeof(int), "counts");
+        float *logits = ARRAY((size_t)DRAWS * V);
+        double *confidence = (double *)allocate(DRAWS, sizeof(double), "confidences"), *p = (double *)allocate(V, sizeof(double), "p"), total = 0, sum = 0, chi = 0, worst = 0;
+        for (int r = 0; r < DRAWS; r++)
+            for (int v = 0; v < V; v++) logits[(size_t)r * V + v] = 3 * (float)random_uniform(8, 0, 0, v);
+        for (int v = 0; v < V; v++) total += p[v] = exp(logits[v] / draws[k].temperature), sum += exp((double)logits[v]);
+        for (int r = 0; r < DRAWS; r++) rows[r] = r;
+        sample_rows(token, confidence, logits, rows, DRAWS, V, draws[k].temperature);
+        for (int r = 0; r < DRAWS; r++) count[token[r]]++, worst = fmax(worst, fabs(confidence[r] - exp((double)logits[token[r]]) / sum));
+        for (int v = 0; v < V; v++) chi += pow(count[v] - DRAWS * p[v] / total, 2) / (DRAWS * p[v] / total);
+        check(V == 5 ? "draws, chi-square of 5 tokens" : "draws, chi-square of 300 tokens", chi, draws[k].limit, "temperature %g", draws[k].temperature);
+        check("confidence of a draw", worst, 1e-12, "%d tokens", V);
+        int best = 0;
+        for (int v = 1; v < V; v++) best = logits[v] > logits[best] ? v : best;
+        sample_rows(token, confidence, logits, rows, 1, V, 0);
+        check("temperature 0 takes the likeliest", token[0] != best, 0, "%d tokens", V);
+        free(rows), free(token), free(count), free(logits), free(confidence), free(p);
     }
-    double confidence, total = 1 + exp(1) + exp(-1) + exp(2) + exp(0.5);
-    int token = sample_token(logits, 5, 0, 0.99, &confidence);
-    check("temperature 0 takes the likeliest", (token != 3) + fabs(confidence - exp(2) / total), 1e-12, "token, confidence");
 }
 
 // A tokenizer of the 256 bytes, some merges in the order they were learned, and end-of-text.
@@ -752,7 +1017,10 @@ int main(int argc, char **argv) {
     program = argv[1];
     if (!mkdtemp(folder)) die(FAILED, "cannot make a folder in /tmp: %s", strerror(errno));
     for (int i = 2; i < argc; i++) check_reference(argv[i], folder);
+#ifndef TEST_CUDA
     check_arithmetic();
+#endif
+    check_layers();
     check_model();
     check_threads();
     check_sampler();
