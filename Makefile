@@ -4,9 +4,16 @@
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
 # make clean    removes what was built, the trained model too
 #
-# OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one.
+# make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)
+# make loopmdm_cuda_on_cpu  builds loopmdm.cu with a C++ compiler, its kernels running on the CPU (dev/cuda_on_cpu.h)
+# make test_cuda            every check of loopmdm.cu on a GPU;  make test_cuda_on_cpu  the same anywhere, a part of make test
+# make studies              dev/cuda: kernels from naive to fast, checked on the CPU emulation
+#
+# OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one; GPU=sm_90 for another GPU than this one.
 
 CC ?= cc
+CXX ?= g++
+NVCC ?= nvcc
 WARNINGS = -Wall -Wextra -Werror
 # -ffp-contract=fast joins a*b+c into one instruction; the other two let square roots and comparisons be vectorized.
 OPTIMIZE = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
@@ -15,6 +22,12 @@ works = $(shell mkdir -p build && echo '$(2) int main(void) { return 0; }' | tr 
 ARCH := $(call works,-march=native,)
 OPENMP := $(call works,-fopenmp,$(HASH)include <omp.h>@)
 CFLAGS = -std=c11 $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
+CXXFLAGS = -std=c++17 -I. $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
+PRECISION = bf16
+BF16_fp32 = 0
+BF16_bf16 = 1
+GPU = native
+NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings -Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
 
 # A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. On a machine with other work to do that can cost nearly
 # all the speed, so it sleeps sooner; nothing is lost on an idle one.
@@ -25,10 +38,39 @@ all: loopmdm
 # Built again when the compiler or its options change.
 build/flags: FORCE
 	@mkdir -p build && echo '$(CC) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS)' >$@
+build/cxx_flags: FORCE
+	@mkdir -p build && echo '$(CXX) $(CXXFLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS)' >$@
+build/nvcc_flags: FORCE
+	@mkdir -p build && echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' >$@
 FORCE:
 
 loopmdm: loopmdm.c dev/data/unicode.h build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm
+
+# loopmdm.cu: program and test, in both precisions, for the GPU and for the CPU. sed turns launches into calls; see dev/cuda_on_cpu.h.
+SOURCES = loopmdm.cu loopmdm.c dev/data/unicode.h
+PREPARE = (echo '$(HASH)line 1 "$<"'; grep '^        s/' dev/cuda_on_cpu.h | sed -E -f /dev/stdin $<) >$@
+build/loopmdm_on_cpu.cpp: loopmdm.cu dev/cuda_on_cpu.h
+	@mkdir -p build
+	$(PREPARE)
+
+build/loopmdm_on_cpu_%: build/loopmdm_on_cpu.cpp $(SOURCES) build/cxx_flags
+	$(CXX) $(CXXFLAGS) -DBF16=$(BF16_$*) $< -o $@
+
+build/test_on_cpu_%: test_loopmdm.c build/loopmdm_on_cpu.cpp $(SOURCES) build/cxx_flags
+	$(CXX) -x c++ $(CXXFLAGS) -DBF16=$(BF16_$*) -DTEST_CUDA='"build/loopmdm_on_cpu.cpp"' $< -o $@
+
+build/loopmdm_cuda_%: $(SOURCES) build/nvcc_flags
+	$(NVCC) $(NVCCFLAGS) -DBF16=$(BF16_$*) $< -o $@
+
+build/test_cuda_%: test_loopmdm.c $(SOURCES) build/nvcc_flags
+	$(NVCC) -x cu $(NVCCFLAGS) -DBF16=$(BF16_$*) -DTEST_CUDA='"loopmdm.cu"' $< -o $@
+
+loopmdm_cuda: build/loopmdm_cuda_$(PRECISION) FORCE
+	cp $< $@
+
+loopmdm_cuda_on_cpu: build/loopmdm_on_cpu_$(PRECISION) FORCE
+	cp $< $@
 
 build/stories: dev/data/stories.c
 	mkdir -p build
@@ -63,10 +105,19 @@ check: loopmdm build/test_loopmdm
 	.venv/bin/pip install -q -r dev/requirements.txt
 	touch $@
 
-test: loopmdm build/test_loopmdm $(STORIES) .venv/ready
-	CC='$(CC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
+PAIR = $(1)_fp32 $(1)_bf16
+ON_CPU = $(call PAIR,build/loopmdm_on_cpu) $(call PAIR,build/test_on_cpu)
+ON_GPU = $(call PAIR,build/loopmdm_cuda) $(call PAIR,build/test_cuda)
+test_cuda: loopmdm $(ON_GPU) $(STORIES)
+	bash dev/test_cuda.sh cuda
+
+test_cuda_on_cpu: loopmdm $(ON_CPU) $(STORIES)
+	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
+
+test: loopmdm build/test_loopmdm $(ON_CPU) $(STORIES) .venv/ready
+	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
 clean:
-	rm -rf build loopmdm
+	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check test clean FORCE
+.PHONY: all train check test test_cuda test_cuda_on_cpu clean FORCE

@@ -3,6 +3,9 @@ Checks loopmdm.c: against PyTorch's results in reference files, by properties th
 LOOPMDM_CU=1 it checks loopmdm.cu instead, on a GPU or, prepared for it, on the CPU (dev/cuda_on_cpu.h).
 
     test_loopmdm PROGRAM FILE...     PROGRAM is the loopmdm to run, FILEs are reference files (dev/reference/README.md)
+    test_loopmdm --digest            prints a checksum of training steps and samples, for comparing runs bit for bit
+    test_loopmdm --layers            only the checks of single layers
+    test_loopmdm --out-of-bounds     reads one row beyond an array, which AddressSanitizer must notice
 
 Every check prints a line with its error and its tolerance; an exact check has tolerance 0. At the end: a table of the largest error
 of each kind, and "N passed, N failed". Exit status 1 if any failed. See README, "How it is verified".
@@ -20,13 +23,15 @@ static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from,
 #undef main
 #include <sys/wait.h>
 
-// What goes into matrix products has 8 significant bits in bf16, 24 in fp32.
+// What goes into matrix products has 24 significant bits in fp32, 8 in bf16, where rounding changes a number by 2^-8 at most, and by
+// e = 2^-8/2.4 = 1.6e-3 in the root of the mean square. A branch of a pass has six roundings one after the other (LayerNorm, weights, qkv,
+// rotary, probabilities, output; or LayerNorm, weights, GELU, weights): sqrt(6) e = 4e-3 of what it adds to the residual stream. Sums of
+// independent errors keep that share; three times as much is allowed. The loss is a mean over 50 rows and more. A gradient goes through
+// forward and backward of up to P = 10 passes: sqrt(2 P) 4e-3, and twice as much is allowed.
 #define TOLERANCE(fp32, bf16) (BF16 ? (bf16) : (fp32))
-#define BF16_HIDDEN 2e-2
-#define BF16_LOSS 5e-3
-#define BF16_GRADIENT 5e-2
-#define BF16_STEPS 5e-2
-#define BF16_DIFFERENCES 5e-2
+#define BF16_HIDDEN 1.2e-2
+#define BF16_LOSS 2e-3
+#define BF16_GRADIENT 3.6e-2
 
 static int passed, failed;
 static struct { const char *kind; double error, tolerance; int count; } kinds[128];
@@ -245,7 +250,7 @@ static void check_reference(const char *path, const char *folder) {
         loops_error += g.S != ints(&d, "train_loops")[step];
     }
     check("loops drawn, that differ", loops_error, 0, "%s", name);
-    check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, BF16_STEPS), "%s", name);
+    check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, 5 * BF16_LOSS), "%s", name);
     check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s", name);
 
     free(x), free(weights), free(logits), free(state), free(params), free(shard), free(d.tensors);
@@ -447,17 +452,18 @@ static void check_layers(void) {
     static const int rows[] = {1, 17, 128, 131, 700}, channels[] = {2, 6, 32, 130, 200}, outputs[] = {2, 64, 130, 264};
     double forward = 0, dinput = 0, dweight = 0;
     for (int i = 0; i < 100; i++) check_matmul(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &forward, &dinput, &dweight);
-    // in bf16 the results are rounded to 8 bits: half a unit in the last place is 2^-9 of a number
-    check("matmul_forward", forward, TOLERANCE(5e-6, 1 / 500.), "100 shapes");
-    check("matmul_backward, input", dinput, TOLERANCE(5e-6, 1 / 500.), "100 shapes");
+    // in bf16 results are rounded to 8 significant bits: by 2^-8 of their size at most
+    check("matmul_forward", forward, TOLERANCE(5e-6, 1 / 255.), "100 shapes");
+    check("matmul_backward, input", dinput, TOLERANCE(5e-6, 1 / 255.), "100 shapes");
     check("matmul_backward, weight and bias", dweight, TOLERANCE(1e-5, 1e-4), "100 shapes, sums of up to 700");
     static const int T[] = {1, 17, 64, 65, 130}, D[] = {2, 8, 20, 32, 48, 64, 66, 128};
     double backward = 0;
     forward = 0;
     for (int i = 0; i < 40; i++) check_attention(2, T[i % 5], 2, D[i / 5], &forward, &backward);
-    // in bf16 probabilities, scores' gradients and results are rounded: three times 2^-9 at most on the way
-    check("attention_forward, relative", forward, TOLERANCE(1e-6, 3 / 512.), "T = 1 .. 130, heads of 2 .. 128");
-    check("attention_backward, relative", backward, TOLERANCE(3e-6, 3 / 512.), "T = 1 .. 130, heads of 2 .. 128");
+    // in bf16 out goes through two roundings (probabilities, results), the gradients through three (out and dscores as well), each of 2^-8
+    // at most, which is half of that on average
+    check("attention_forward, relative", forward, TOLERANCE(1e-6, 1 / 256.), "T = 1 .. 130, heads of 2 .. 128");
+    check("attention_backward, relative", backward, TOLERANCE(3e-6, 1.5 / 256), "T = 1 .. 130, heads of 2 .. 128");
 }
 
 static Config small_config(int a, int b) {
@@ -518,7 +524,7 @@ static void check_model(void) {
             model_set_parameters(&m, moved);
             loss[side] = forward_loss(&m, 3, 0);
         }
-        check("gradients against differences", fabs((loss[0] - loss[1]) / (2 * h) - norm) / fmax(norm, 0.01 * total_norm), TOLERANCE(1e-2, BF16_DIFFERENCES), "%s", shapes[i].name);
+        check("gradients against differences", fabs((loss[0] - loss[1]) / (2 * h) - norm) / fmax(norm, 0.01 * total_norm), TOLERANCE(1e-2, BF16_GRADIENT + 1e-2), "%s", shapes[i].name);
     }
     model_set_parameters(&m, params);
 
@@ -840,7 +846,11 @@ static void check_command_line(const char *d) {
     snprintf(base, sizeof base, "--data '%s/data*.bin' " TRAIN_FLAGS, d, d);
 
     // an unbroken run; one killed after its checkpoint at step 20; one interrupted by Ctrl-C: all the same, bit for bit
+#ifdef TEST_CUDA // smaller, since it may be an emulation
+    const char *long_run = "--channels 48 --seq-len 32 --batch 4 --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8";
+#else
     const char *long_run = "--channels 64 --seq-len 64 --batch 8 --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8";
+#endif
     check("train, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/whole", base, d, long_run, d), 0, "40 steps");
     for (int how = 0; how < 2; how++) {
         const char *name = how ? "interrupted" : "killed";
@@ -1011,10 +1021,60 @@ static void check_command_line(const char *d) {
     check("sample after that, exit status", run(err, out, d, "sample --model %s/small", d), 0, "the checkpoint still works");
 }
 
+// Shapes that reach every kernel's every barrier: heads of 20, 48, 64 and 128; rows that are no multiple of 16 bytes; several tiles each way.
+static void print_digest(void) {
+    static const Config configs[] = {
+        {65, 300, 320, 2, 3, 60, 1, 2, 4}, {130, 703, 704, 1, 2, 96, 0, 1, 4}, {65, 300, 320, 1, 2, 128, 0, 1, 4}, {65, 300, 320, 1, 1, 128, 0, 1, 4},
+    };
+    uint32_t crc = 0;
+    for (int k = 0; k < 4; k++) {
+        Model m;
+        int T = configs[k].max_seq_len, x[2 * 130];
+        build_small(&m, configs[k], 2);
+        set_batch(&m, 0, 0, 2, 2);
+        double loss = forward_loss(&m, k ? 1 : 2, 1), norm = gradient_norm(&m);
+        AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+        model_update(&m, adamw, norm, 1);
+        crc = crc32_update(crc32_update(crc, &loss, sizeof loss), &norm, sizeof norm);
+        float *params = ARRAY(m.params.total);
+        tensors_read(params, &m.params);
+        crc = crc32_update(crc, params, m.params.total * sizeof(float));
+        for (int i = 0; i < 2 * T; i++) x[i] = configs[k].vocab_size;
+        SampleOptions o = {2, 1, k % 2, 0.7, 1};
+        sample(&m, x, 2, T, o, 0, NULL, NULL);
+        crc = crc32_update(crc, x, 2 * T * sizeof(int));
+        free(params);
+        model_free(&m);
+    }
+    printf("digest %08x\n", crc);
+}
+
+static int report(void) { // the exit status
+    printf("\n%-38s checks  largest error  tolerance\n", "");
+    for (int k = 0; kinds[k].kind; k++)
+        if (kinds[k].tolerance > 0 || kinds[k].error > 0) printf("%-38s %6d  %13.1e  %9.0e\n", kinds[k].kind, kinds[k].count, kinds[k].error, kinds[k].tolerance);
+    printf("\n%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
+
 int main(int argc, char **argv) {
     char folder[] = "/tmp/test_loopmdm.XXXXXX", command[64];
-    if (argc < 2) die(USAGE, "usage: test_loopmdm PROGRAM [REFERENCE FILE...]");
+    if (argc < 2) die(USAGE, "usage: test_loopmdm PROGRAM [REFERENCE FILE...], or test_loopmdm --digest or --layers");
     program = argv[1];
+    if (!strcmp(program, "--digest")) {
+        print_digest();
+        return 0;
+    }
+    if (!strcmp(program, "--out-of-bounds")) {
+        float values[9 * 6];
+        float *inp = random_floats(values, 8 * 6, 1), *weight = random_floats(values, 6, 1), *mean = random_floats(values, 9, 1), *rstd = random_floats(values, 9, 1);
+        layernorm_forward(random_x(values, 9 * 6, 1), mean, rstd, inp, weight, weight, 9, 6); // inp has 8 rows
+        return 0;
+    }
+    if (!strcmp(program, "--layers")) {
+        check_layers();
+        return report();
+    }
     if (!mkdtemp(folder)) die(FAILED, "cannot make a folder in /tmp: %s", strerror(errno));
     for (int i = 2; i < argc; i++) check_reference(argv[i], folder);
 #ifndef TEST_CUDA
@@ -1028,9 +1088,5 @@ int main(int argc, char **argv) {
     check_command_line(folder);
     snprintf(command, sizeof command, "rm -rf %s", folder);
     if (system(command)) printf("could not remove %s\n", folder);
-    printf("\n%-38s checks  largest error  tolerance\n", "");
-    for (int k = 0; kinds[k].kind; k++)
-        if (kinds[k].tolerance > 0 || kinds[k].error > 0) printf("%-38s %6d  %13.1e  %9.0e\n", kinds[k].kind, kinds[k].count, kinds[k].error, kinds[k].tolerance);
-    printf("\n%d passed, %d failed\n", passed, failed);
-    return failed > 0;
+    return report();
 }

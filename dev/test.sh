@@ -5,21 +5,8 @@ set -uo pipefail
 mkdir -p build/test
 python=.venv/bin/python
 flags="-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
-passed=0 failed=0
+. dev/parts.sh
 : "${CC:=cc}" "${ARCH:=}"
-
-# part NAME COMMAND...: runs it, and adds up what its last line counts; a part that ends without one has failed
-part() {
-    local name=$1 log=build/test/$1.log
-    shift
-    echo "---- $name"
-    "$@" 2>&1 | tee "$log"
-    local status=${PIPESTATUS[0]} last
-    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$log" | tail -n 1)
-    if [ -z "$last" ] || { [ "$status" -ne 0 ] && [ "${last##*, }" = "0 failed" ]; }; then last="0 passed, 1 failed"; echo "FAIL $name ended with status $status"; fi
-    passed=$((passed + $(echo "$last" | cut -d' ' -f1)))
-    failed=$((failed + $(echo "$last" | cut -d' ' -f3)))
-}
 
 # Every compiler that is here, as C11 and C++17, with and without OpenMP: no warning.
 compilers() {
@@ -52,7 +39,6 @@ part portable build_and_run portable "-O2" dev/reference/*.bin
 export ASAN_OPTIONS=detect_leaks=0 # memory is left to the end of the process on purpose
 part sanitizers build_and_run sanitized "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" dev/reference/*.bin
 part python $python dev/test_python.py
+part cuda_on_cpu bash dev/test_cuda.sh on_cpu
 rm -rf build/test/reference
-echo
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+end_parts

@@ -1,0 +1,22 @@
+# To be sourced: runs the parts of a test, each of which ends with a line "N passed, N failed", and adds them up.
+passed=0 failed=0
+mkdir -p build/test
+
+# part NAME COMMAND...: runs it, and adds up what its last line counts; a part that ends without one has failed
+part() {
+    local name=$1 log=build/test/$1.log
+    shift
+    echo "---- $name"
+    "$@" 2>&1 | tee "$log"
+    local status=${PIPESTATUS[0]} last
+    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$log" | tail -n 1)
+    if [ -z "$last" ] || { [ "$status" -ne 0 ] && [ "${last##*, }" = "0 failed" ]; }; then last="0 passed, 1 failed"; echo "FAIL $name ended with status $status"; fi
+    passed=$((passed + $(echo "$last" | cut -d' ' -f1)))
+    failed=$((failed + $(echo "$last" | cut -d' ' -f3)))
+}
+
+end_parts() { # the sum, and the exit status
+    echo
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+}
