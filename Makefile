@@ -7,7 +7,7 @@
 # make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)
 # make loopmdm_cuda_on_cpu  builds loopmdm.cu with a C++ compiler, its kernels running on the CPU (dev/cuda_on_cpu.h)
 # make test_cuda            every check of loopmdm.cu on a GPU;  make test_cuda_on_cpu  the same anywhere, a part of make test
-# make studies              dev/cuda: kernels from naive to fast, checked on the CPU emulation
+# make studies              dev/cuda: kernels from naive to fast, checked on the CPU emulation;  make studies_cuda  and measured on a GPU
 #
 # OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one; GPU=sm_90 for another GPU than this one.
 
@@ -66,6 +66,28 @@ build/loopmdm_cuda_%: $(SOURCES) build/nvcc_flags
 build/test_cuda_%: test_loopmdm.c $(SOURCES) build/nvcc_flags
 	$(NVCC) -x cu $(NVCCFLAGS) -DBF16=$(BF16_$*) -DTEST_CUDA='"loopmdm.cu"' $< -o $@
 
+# dev/cuda: studies of three kernels; loopmdm.c's functions say what is right
+STUDIES = matmul attention head
+.SECONDARY:
+build/study_cpu.o: dev/cuda/cpu.c loopmdm.c dev/data/unicode.h build/flags
+	$(CC) $(CFLAGS) -c $< -o $@
+
+build/study_%.cpp: dev/cuda/%.cu dev/cuda_on_cpu.h
+	@mkdir -p build
+	$(PREPARE)
+
+build/study_%_on_cpu: build/study_%.cpp build/study_cpu.o build/loopmdm_on_cpu.cpp dev/cuda/study.h $(SOURCES) build/cxx_flags
+	$(CXX) $(CXXFLAGS) -Idev/cuda -DBF16=$(BF16_$(PRECISION)) -DLOOPMDM_PREPARED='"build/loopmdm_on_cpu.cpp"' $< build/study_cpu.o -o $@ -lm
+
+build/study_%_cuda: dev/cuda/%.cu build/study_cpu.o dev/cuda/study.h $(SOURCES) build/nvcc_flags
+	$(NVCC) $(NVCCFLAGS) $(if $(OPENMP),-Xcompiler $(OPENMP)) -DBF16=$(BF16_$(PRECISION)) $< build/study_cpu.o -o $@
+
+studies: $(STUDIES:%=build/study_%_on_cpu)
+	for study in $(STUDIES); do build/study_$${study}_on_cpu || exit 1; done
+
+studies_cuda: $(STUDIES:%=build/study_%_cuda)
+	for study in $(STUDIES); do build/study_$${study}_cuda || exit 1; done
+
 loopmdm_cuda: build/loopmdm_cuda_$(PRECISION) FORCE
 	cp $< $@
 
@@ -111,13 +133,13 @@ ON_GPU = $(call PAIR,build/loopmdm_cuda) $(call PAIR,build/test_cuda)
 test_cuda: loopmdm $(ON_GPU) $(STORIES)
 	bash dev/test_cuda.sh cuda
 
-test_cuda_on_cpu: loopmdm $(ON_CPU) $(STORIES)
+test_cuda_on_cpu: loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
 	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
 
-test: loopmdm build/test_loopmdm $(ON_CPU) $(STORIES) .venv/ready
+test: loopmdm build/test_loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES) .venv/ready
 	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check test test_cuda test_cuda_on_cpu clean FORCE
+.PHONY: all train check test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE

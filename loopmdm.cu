@@ -262,15 +262,15 @@ __global__ void __launch_bounds__(THREADS) matmul_kernel(Epilogue epilogue, cons
         if (!needed) continue;
         const floatX *at = tiles + step % STAGES * 2 * TILE_SIZE, *bt = at + TILE_SIZE;
         for (int k = 0; k < DEPTH; k += 16) {
-            Pair af[4][4 * WORDS], bf[2][4 * WORDS];
-#pragma unroll
-            for (int i = 0; i < 4; i++) load_a<TRANS_A>(af[i], at + (TRANS_A ? k * LDA + i_warp + i * 16 : (i_warp + i * 16) * LDA + k), LDA);
+            Pair af[4 * WORDS], bf[2][4 * WORDS];
 #pragma unroll
             for (int j = 0; j < 2; j++) load_b<TRANS_B>(bf[j], bt + (TRANS_B ? k * LDB + j_warp + j * 16 : (j_warp + j * 16) * LDB + k), LDB);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
+                load_a<TRANS_A>(af, at + (TRANS_A ? k * LDA + i_warp + i * 16 : (i_warp + i * 16) * LDA + k), LDA);
 #pragma unroll
-                for (int j = 0; j < 4; j++) mma_16x8x16(sum[i][j], af[i], bf[j / 2] + j % 2 * 2 * WORDS);
+                for (int j = 0; j < 4; j++) mma_16x8x16(sum[i][j], af, bf[j / 2] + j % 2 * 2 * WORDS);
+            }
         }
     }
 #pragma unroll
@@ -676,7 +676,7 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
     if (lane == 0) delta[n] = sum;
 }
 
-static constexpr int attention_others(int D, bool of_keys) { return D <= 64 ? 64 : of_keys ? 16 : 32; } // as many as registers allow
+HOST_DEVICE static constexpr int attention_others(int D, bool of_keys) { return D <= 64 ? 64 : of_keys ? 16 : 32; } // as many as registers allow
 
 // Scores are computed again, from both sides, so that every sum has one owner and no atomics are needed:
 //   OF_KEYS   a block has 64 keys and goes over all queries:  dv += p^T dout,  dk += dscores^T q
@@ -850,7 +850,8 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
 }
 
 static void crossentropy_forward_backward(float *losses, floatX *dlogits, const float *logits, const float *weights, const int *targets, const int *rows, int R, int V, int ld) {
-    crossentropy_kernel<<<R, THREADS>>>(losses, dlogits, logits, weights, targets, rows, V, ld);
+    int threads = V > 16384 ? 1024 : THREADS; // fewer rows at a time where they are long, so that the second sweep finds them in the L2 cache
+    crossentropy_kernel<<<R, threads>>>(losses, dlogits, logits, weights, targets, rows, V, ld);
     launched("crossentropy");
 }
 

@@ -52,12 +52,11 @@ static void check(const char *kind, double error, double tolerance, const char *
     kinds[k].kind = kind, kinds[k].tolerance = tolerance, kinds[k].count++;
 }
 
-static double largest_difference(const float *a, const float *b, size_t n) { // NaN if there is one
+static double worse(double a, double b) { return a >= b || isnan(a) ? a : b; } // the larger; NaN if one is, where fmax() would drop it
+
+static double largest_difference(const float *a, const float *b, size_t n) {
     double largest = 0;
-    for (size_t i = 0; i < n; i++) {
-        double d = fabs((double)a[i] - b[i]);
-        if (!(d <= largest)) largest = d;
-    }
+    for (size_t i = 0; i < n; i++) largest = worse(largest, fabs((double)a[i] - b[i]));
     return largest;
 }
 
@@ -180,7 +179,7 @@ static void check_reference(const char *path, const char *folder) {
     for (int b = 0; b < B; b++) {
         double want; // the file does not align doubles
         memcpy(&want, (const char *)find(&d, "t")->data + b * sizeof want, sizeof want);
-        worst = fmax(worst, fabs(noise_level(seed, 0, b, B) - want));
+        worst = worse(worst, fabs(noise_level(seed, 0, b, B) - want));
     }
     int R = model_noise(&m, targets, B, T, seed, 0, 0, B);
     to_host(x, m.x, BT * sizeof(int));
@@ -197,11 +196,11 @@ static void check_reference(const char *path, const char *folder) {
         model_forward(&m, S);
         for (int loop = 0; n && loop < S; loop++) {
             to_host(state, pass_input(&m, c.loop_start + (loop + 1) * n), BT * C * sizeof(float));
-            states_error = fmax(states_error, state_error(state, floats(&d, "states/%d", S) + loop * BT * C, BT * C));
+            states_error = worse(states_error, state_error(state, floats(&d, "states/%d", S) + loop * BT * C, BT * C));
         }
         to_host(state, pass_input(&m, num_passes(c, S)), BT * C * sizeof(float));
         hidden_error = state_error(state, floats(&d, "hidden/%d", S), BT * C);
-        check(BF16 ? "hidden states, relative" : "hidden states, largest difference", fmax(states_error, hidden_error), TOLERANCE(1e-4, BF16_HIDDEN), "%s S=%d", name, S);
+        check(BF16 ? "hidden states, relative" : "hidden states, largest difference", worse(states_error, hidden_error), TOLERANCE(1e-4, BF16_HIDDEN), "%s S=%d", name, S);
         double loss = model_loss(&m, 1), want = floats(&d, "loss/%d", S)[0];
         check("loss, relative", fabs(loss - want) / want, TOLERANCE(1e-5, BF16_LOSS), "%s S=%d", name, S);
         tensors_read(grads, &m.grads);
@@ -245,8 +244,8 @@ static void check_reference(const char *path, const char *folder) {
         Gradient g = train_gradient(&m, &data, LOOPS_UNIFORM, seed, step, 2 * B, B);
         o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
         model_update(&m, o, g.norm, step + 1);
-        loss_error = fmax(loss_error, fabs(g.loss - floats(&d, "train_loss", 0)[step]));
-        norm_error = fmax(norm_error, fabs(g.norm / floats(&d, "train_norm", 0)[step] - 1));
+        loss_error = worse(loss_error, fabs(g.loss - floats(&d, "train_loss", 0)[step]));
+        norm_error = worse(norm_error, fabs(g.norm / floats(&d, "train_norm", 0)[step] - 1));
         loops_error += g.S != ints(&d, "train_loops")[step];
     }
     check("loops drawn, that differ", loops_error, 0, "%s", name);
@@ -264,7 +263,7 @@ static void check_reference(const char *path, const char *folder) {
 #ifndef TEST_CUDA
 static void check_arithmetic(void) {
     double worst = 0;
-    for (float x = -87; x < 88; x += 0.00137f) worst = fmax(worst, fabs(exp_fast(x) / exp(x) - 1));
+    for (float x = -87; x < 88; x += 0.00137f) worst = worse(worst, fabs(exp_fast(x) / exp(x) - 1));
     check("exp_fast, relative", worst, 2.4e-7, "-87 .. 88"); // 2 units in the last place
     check("exp_fast of extremes", !(exp_fast(-1000) < 1e-37 && exp_fast(1000) > 1e38 && isnan(exp_fast(NAN)) && exp_fast(0) == 1), 0, "-1000, 0, 1000, NaN");
 
@@ -285,7 +284,7 @@ static void check_arithmetic(void) {
             for (int q = 0; q < n + 3; q++) {
                 double sum = q < n ? bias[q] + (layout >> 2) : 1; // the three columns past the end stay as they were
                 for (int k = 0; q < n && k < K; k++) sum += (double)a[r * ar + k * ac] * b[k * br + q * bc];
-                worst = fmax(worst, fabs(c[r * (n + 3) + q] - sum) / fmax(1, fabs(sum)));
+                worst = worse(worst, fabs(c[r * (n + 3) + q] - sum) / fmax(1, fabs(sum)));
             }
         free(a), free(b), free(c);
     }
@@ -371,22 +370,22 @@ static void check_matmul(int M, int C, int OC, double *forward, double *dinput, 
         for (int j = 0; j < OC; j++) {
             double sum = bias[j];
             for (int k = 0; k < C; k++) sum += (double)inp[i * C + k] * weight[j * C + k];
-            *forward = fmax(*forward, matmul_error(out[i * OC + j], sum));
+            *forward = worse(*forward, matmul_error(out[i * OC + j], sum));
         }
         for (int j = 0; j < C; j++) {
             double sum = 0;
             for (int k = 0; k < OC; k++) sum += (double)dout[i * OC + k] * weight[k * C + j];
-            *dinput = fmax(*dinput, matmul_error(dinp[i * C + j], sum));
+            *dinput = worse(*dinput, matmul_error(dinp[i * C + j], sum));
         }
     }
     for (int i = 0; i < OC; i += i == OC - 2 ? 1 : min_int(column, max_int(1, OC - 2 - i))) {
         double sum = dbias[i];
         for (int k = 0; k < M; k++) sum += dout[k * OC + i];
-        *dweight_error = fmax(*dweight_error, matmul_error(db[i], sum));
+        *dweight_error = worse(*dweight_error, matmul_error(db[i], sum));
         for (int j = 0; j < C; j++) {
             sum = dweight[i * C + j];
             for (int k = 0; k < M; k++) sum += (double)dout[k * OC + i] * inp[k * C + j];
-            *dweight_error = fmax(*dweight_error, matmul_error(dw[i * C + j], sum));
+            *dweight_error = worse(*dweight_error, matmul_error(dw[i * C + j], sum));
         }
     }
     device_free(inp_), device_free(weight_), device_free(dout_), device_free(out_), device_free(dinp_), device_free(bias_), device_free(dweight_), device_free(dbias_);
@@ -442,8 +441,8 @@ static void check_attention(int B, int T, int NH, int D, double *forward, double
                 for (int which = 0; which < 2; which++)
                     dwant[3 * row - 2 * (bh % NH * D) + j * 3 * C + (which + 1) * C + d] = (float)dkv[(which * T + j) * D + d];
     }
-    *forward = fmax(*forward, relative_norm(out, want, n));
-    *backward = fmax(*backward, relative_norm(dqkv, dwant, 3 * n));
+    *forward = worse(*forward, relative_norm(out, want, n));
+    *backward = worse(*backward, relative_norm(dqkv, dwant, 3 * n));
     device_free(qkv_), device_free(dout_), device_free(out_), device_free(dqkv_), device_free(lse_);
     free(qkv), free(dout), free(out), free(dqkv), free(want), free(dwant), free(p), free(dp), free(dkv);
 }
@@ -596,7 +595,7 @@ static void check_model(void) {
             int bin = 0;
             for (int i = 0; i < 24; i++) masked += becomes_mask(5, step, b * 24 + i, t), expected += t;
             for (int other_b = 0; other_b < 8; other_b++) bin += noise_level(5, step, other_b, 8) < t;
-            spread = fmax(spread, fabs(t - (bin + 0.5) / 8) - 0.5 / 8);
+            spread = worse(spread, fabs(t - (bin + 0.5) / 8) - 0.5 / 8);
         }
     }
     check("share of masked tokens", fabs(masked / expected - 1), 0.01, "500 batches");
@@ -622,7 +621,7 @@ static void check_model(void) {
     tensors_read(moved, &m.params);
     double wrong = 0;
     for (size_t i = 0, begin = 0; i < NUM_TENSORS; begin += m.params.size[i++])
-        for (size_t j = begin; j < begin + m.params.size[i]; j++) wrong = fmax(wrong, fabs(moved[j] - params[j] * (shapes[i].in ? 0.95 : 1)));
+        for (size_t j = begin; j < begin + m.params.size[i]; j++) wrong = worse(wrong, fabs(moved[j] - params[j] * (shapes[i].in ? 0.95 : 1)));
     check("weight decay", wrong, 1e-7, "matrices, and nothing else");
     free(params), free(grads), free(moved);
     model_free(&m);
@@ -708,7 +707,7 @@ static void check_sampler(void) {
         for (int v = 0; v < V; v++) total += p[v] = exp(logits[v] / draws[k].temperature), sum += exp((double)logits[v]);
         for (int r = 0; r < DRAWS; r++) rows[r] = r;
         sample_rows(token, confidence, logits, rows, DRAWS, V, draws[k].temperature);
-        for (int r = 0; r < DRAWS; r++) count[token[r]]++, worst = fmax(worst, fabs(confidence[r] - exp((double)logits[token[r]]) / sum));
+        for (int r = 0; r < DRAWS; r++) count[token[r]]++, worst = worse(worst, fabs(confidence[r] - exp((double)logits[token[r]]) / sum));
         for (int v = 0; v < V; v++) chi += pow(count[v] - DRAWS * p[v] / total, 2) / (DRAWS * p[v] / total);
         check(V == 5 ? "draws, chi-square of 5 tokens" : "draws, chi-square of 300 tokens", chi, draws[k].limit, "temperature %g", draws[k].temperature);
         check("confidence of a draw", worst, 1e-12, "%d tokens", V);
