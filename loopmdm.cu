@@ -2,7 +2,8 @@
 LoopMDM on the GPU: the program of loopmdm.c with kernels written by hand, no library but the CUDA runtime.
 
 Read loopmdm.c first. This file takes sections 1 and 2 (configuration, randomness) and 6 to 9 (data, training, sampler, command line) from
-there, and has its own 3 to 5: the same functions by the same names in the same order, so that the two can be read side by side.
+there, and has its own 3 to 5: the same functions by the same names in the same order, so that the two can be read side by side. What the
+CPU does in passes over memory is joined here: GELU and residual are epilogues of matrix products, cross entropy's two directions one kernel.
 
     3. layers: kernels, and the functions that launch them
     4. model: device memory, forward, backward
@@ -13,13 +14,17 @@ product is bfloat16 and goes through tensor cores, sums are float; the residual 
 parameters, and the parameters that AdamW changes stay float. Both run the same kernels, and differ only in floatX and in what one
 warp-wide product of 16 x 8 x 16 is made of.
 
-No sum depends on which block came first: there are no atomics. The same seed gives the same bits on the same GPU.
+No sum depends on which block came first: there are no atomics. The same seed gives the same bits on the same model of GPU. (How long sums
+are split depends on its number of multiprocessors.)
 
 Build with make loopmdm_cuda, or:  nvcc -O3 -std=c++17 -arch=native -DBF16=1 loopmdm.cu -o loopmdm_cuda
 Without a GPU make loopmdm_cuda_on_cpu runs the same kernels on the CPU (dev/cuda_on_cpu.h).
 */
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: make GPU=sm_90"
+#endif
 #else
 #include "dev/cuda_on_cpu.h"
 #endif
@@ -50,7 +55,8 @@ static void cuda_check(cudaError_t error, const char *what) {
     if (error != cudaSuccess) die(FAILED, "%s: the GPU reports: %s", what, cudaGetErrorString(error));
 }
 
-static void launched(const char *what) { cuda_check(cudaGetLastError(), what); } // after every launch
+// After every launch. What goes wrong in a kernel itself shows at a later copy; with CUDA_LAUNCH_BLOCKING=1 in the environment, here.
+static void launched(const char *what) { cuda_check(cudaGetLastError(), what); }
 
 static void to_device(void *device, const void *host, size_t bytes) { cuda_check(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice), "copying to the GPU"); }
 static void to_host(void *host, const void *device, size_t bytes) { cuda_check(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), "copying from the GPU"); }
@@ -60,8 +66,14 @@ static int blocks(size_t n, int each) { return (int)((n + each - 1) / each); }
 enum { WARP = 32, THREADS = 256 };
 #define ALL 0xffffffffu // lanes of a warp
 
-__device__ static inline void store2(float *to, float x, float y) { *(float2 *)to = make_float2(x, y); } // two neighbours, the first at an even place
+// Two neighbours, the first at an even place. What load2 reads must not change while the kernel runs.
+__device__ static inline float2 load2(const float *from) { return __ldg((const float2 *)from); }
+__device__ static inline void store2(float *to, float x, float y) { *(float2 *)to = make_float2(x, y); }
 #if BF16
+__device__ static inline float2 load2(const floatX *from) {
+    __nv_bfloat162 pair = __ldg((const __nv_bfloat162 *)from);
+    return make_float2((float)pair.x, (float)pair.y);
+}
 __device__ static inline void store2(floatX *to, float x, float y) { *(__nv_bfloat162 *)to = __floats2bfloat162_rn(x, y); }
 #endif
 
@@ -203,7 +215,7 @@ template <int ROWS, int COLS> __device__ static inline void load_tile(floatX *ti
         int i = c / PER_ROW, j = c % PER_ROW * CHUNK, n = i < rows ? (cols - j < CHUNK ? cols - j : CHUNK) : 0;
         floatX *to = tile + i * (COLS + PAD) + j;
         const floatX *from = src + i * ld + j;
-        if (n <= 0) cp_async_16(to, src, 0);
+        if (n <= 0) *(uint4 *)to = make_uint4(0, 0, 0, 0);
         else if ((uintptr_t)from % 16 == 0) cp_async_16(to, from, n * (int)sizeof(floatX));
         else
             for (int e = 0; e < CHUNK; e++) to[e] = e < n ? from[e] : (floatX)0.0f;
@@ -290,7 +302,8 @@ template <class T> struct Store { // out = C + bias (N), or without
     int ld;
     const float *bias;
     __device__ void operator()(int i, int j, float x, float y) const {
-        store2(out + (size_t)i * ld + j, bias ? x + bias[j] : x, bias ? y + bias[j + 1] : y);
+        float2 b = bias ? load2(bias + j) : make_float2(0, 0);
+        store2(out + (size_t)i * ld + j, x + b.x, y + b.y);
     }
 };
 struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
@@ -298,7 +311,8 @@ struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
     int ld;
     const float *bias;
     __device__ void operator()(int i, int j, float x, float y) const {
-        x += bias[j], y += bias[j + 1];
+        float2 b = load2(bias + j);
+        x += b.x, y += b.y;
         store2(inp + (size_t)i * ld + j, x, y);
         store2(out + (size_t)i * ld + j, gelu(x), gelu(y));
     }
@@ -308,8 +322,8 @@ struct StoreGeluBackward { // dinp = C gelu'(inp)
     const floatX *inp;
     int ld;
     __device__ void operator()(int i, int j, float x, float y) const {
-        size_t at = (size_t)i * ld + j;
-        store2(dinp + at, x * gelu_gradient((float)inp[at]), y * gelu_gradient((float)inp[at + 1]));
+        float2 u = load2(inp + (size_t)i * ld + j);
+        store2(dinp + (size_t)i * ld + j, x * gelu_gradient(u.x), y * gelu_gradient(u.y));
     }
 };
 struct StoreResidual { // out = inp + C + bias
@@ -317,8 +331,8 @@ struct StoreResidual { // out = inp + C + bias
     const float *inp, *bias;
     int ld;
     __device__ void operator()(int i, int j, float x, float y) const {
-        size_t at = (size_t)i * ld + j;
-        store2(out + at, inp[at] + (x + bias[j]), inp[at + 1] + (y + bias[j + 1]));
+        float2 u = load2(inp + (size_t)i * ld + j), b = load2(bias + j);
+        store2(out + (size_t)i * ld + j, u.x + (x + b.x), u.y + (y + b.y));
     }
 };
 struct Accumulate { // out += C; or, where K is split over blockIdx.z, parts (z,M,N) = C
@@ -345,10 +359,16 @@ static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b,
 
 typedef struct { float *memory; size_t size; int blocks; } Parts; // room for the parts of long sums; blocks that keep this GPU busy
 
-// Into how many parts to split sums over K, where there are tiles of them, size in all: enough for the GPU, each of 256 at least.
+// Into how many parts to split sums over K, where there are tiles of them, size in all: so that the GPU is full to the last round of
+// blocks, each part 256 at least.
 static int choose_splits(Parts parts, int tiles, int K, size_t size) {
-    int splits = min_int(max_int(1, parts.blocks / tiles), max_int(1, K / 256));
-    return max_int(1, (int)fmin(splits, (double)(parts.size / size)));
+    int most = (int)fmin(fmin(K / 256, parts.blocks), (double)(parts.size / size)), best = 1;
+    double lowest = blocks(tiles, parts.blocks);
+    for (int splits = 2; splits <= most; splits++) {
+        double cost = blocks((size_t)tiles * splits, parts.blocks) / (double)splits; // rounds of blocks, each of 1/splits of the work
+        if (cost < 0.95 * lowest) lowest = cost, best = splits;
+    }
+    return best;
 }
 
 // out = epilogue(inp (M,C) weight^T), weight (OC,C)
@@ -369,6 +389,11 @@ __global__ void column_sums_kernel(float *parts, const floatX *inp, int ld, int 
     parts[(size_t)blockIdx.y * N + column] = sum;
 }
 
+static int choose_column_splits(Parts parts, int M, int N) { // these blocks are small: four times as many at a time
+    parts.blocks *= 4;
+    return choose_splits(parts, blocks(N, WARP), M, N);
+}
+
 // dinp = epilogue(dout (M,OC) weight), rows of dout ldout apart;  dweight (OC,C) += dout^T inp;  dbias (OC) += column sums of dout, or NULL
 template <class Epilogue>
 static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const floatX *dout, int ldout, const floatX *inp, const floatX *weight, int M, int C, int OC, Parts parts) {
@@ -379,7 +404,7 @@ static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const f
     matmul<true, true>(accumulate, dout, ldout, inp, C, OC, C, M, splits);
     if (splits > 1) add_parts(dweight, parts.memory, size, splits);
     if (!dbias) return;
-    splits = choose_splits(parts, blocks(OC, WARP), M, OC);
+    splits = choose_column_splits(parts, M, OC);
     column_sums_kernel<<<dim3(blocks(OC, WARP), splits), THREADS>>>(parts.memory, dout, ldout, M, OC);
     launched("column_sums");
     add_parts(dbias, parts.memory, OC, splits);
@@ -533,7 +558,7 @@ static void layernorm_backward(float *dinp, floatX *dinpx, float *dweight, float
                                const float *mean, const float *rstd, int M, int C, Parts parts) {
     layernorm_backward_kernel<<<blocks(M, THREADS / WARP), THREADS>>>(dinp, dinpx, dout, inp, weight, mean, rstd, M, C);
     launched("layernorm_backward");
-    int splits = choose_splits(parts, blocks(C, WARP), M, C);
+    int splits = choose_column_splits(parts, M, C);
     layernorm_weight_kernel<<<dim3(blocks(C, WARP), splits), THREADS>>>(parts.memory, dout, inp, mean, rstd, M, C);
     launched("layernorm_weight");
     add_parts(dweight, parts.memory, C, splits);
@@ -578,14 +603,14 @@ enum { ATTN_ROWS = 64, ATTN_THREADS = 128 };
 HOST_DEVICE static inline int attention_tiles(int T) { return (T + ATTN_ROWS - 1) / ATTN_ROWS; } // of each head: blocks in a grid
 
 template <int D>
-__global__ void __launch_bounds__(ATTN_THREADS) attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale2, int T, int C, int NH) {
+__global__ void __launch_bounds__(ATTN_THREADS) attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale, int T, int C, int NH) {
     enum { LD = D + PAD, KEYS = 64 };
     extern __shared__ __align__(16) floatX tiles[];
     floatX *qt = tiles, *kt = qt + ATTN_ROWS * LD, *vt = kt + KEYS * LD;
     int size = C / NH, bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
-    float sum[2] = {0, 0}, largest[2] = {-INFINITY, -INFINITY}, acc[D / 8][4] = {}; // of rows lane / 4, and that + 8
+    float scale2 = scale * 1.44269504f, sum[2] = {0, 0}, largest[2] = {-INFINITY, -INFINITY}, acc[D / 8][4] = {}; // of rows lane / 4, and that + 8
 
     load_tile<ATTN_ROWS, D>(qt, q + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     load_tile<KEYS, D>(kt, k, 3 * C, T, size);
@@ -676,7 +701,7 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
     if (lane == 0) delta[n] = sum;
 }
 
-HOST_DEVICE static constexpr int attention_others(int D, bool of_keys) { return D <= 64 ? 64 : of_keys ? 16 : 32; } // as many as registers allow
+HOST_DEVICE static constexpr int attention_others(int D, bool of_keys) { return D > 64 ? 16 : of_keys || D <= 32 ? 64 : 32; } // as many as registers allow
 
 // Scores are computed again, from both sides, so that every sum has one owner and no atomics are needed:
 //   OF_KEYS   a block has 64 keys and goes over all queries:  dv += p^T dout,  dk += dscores^T q
@@ -688,7 +713,7 @@ __global__ void __launch_bounds__(ATTN_THREADS) attention_backward_kernel(floatX
                                                                           float scale, int T, int C, int NH) {
     enum { LD = D + PAD, OTHERS = attention_others(D, OF_KEYS) };
     extern __shared__ __align__(16) floatX tiles[];
-    floatX *own1 = tiles, *own2 = own1 + ATTN_ROWS * LD, *other1 = own2 + ATTN_ROWS * LD, *other2 = other1 + OTHERS * LD;
+    floatX *own1 = tiles, *own2 = own1 + ATTN_ROWS * LD, *others = own2 + ATTN_ROWS * LD; // others: two places, each for both tiles
     int size = C / NH, bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C, *dy = dout + (size_t)b * T * C + h * size;
@@ -698,13 +723,20 @@ __global__ void __launch_bounds__(ATTN_THREADS) attention_backward_kernel(floatX
     load_tile<ATTN_ROWS, D>(own1, (OF_KEYS ? k : q) + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     if (OF_KEYS) load_tile<ATTN_ROWS, D>(own2, v + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     else load_tile<ATTN_ROWS, D>(own2, dy + (size_t)t0 * C, C, T - t0, size);
-    for (int j0 = 0; j0 < T; j0 += OTHERS) {
-        __syncthreads(); // all are done with the rows before
-        load_tile<OTHERS, D>(other1, (OF_KEYS ? q : k) + (size_t)j0 * 3 * C, 3 * C, T - j0, size);
-        if (OF_KEYS) load_tile<OTHERS, D>(other2, dy + (size_t)j0 * C, C, T - j0, size);
-        else load_tile<OTHERS, D>(other2, v + (size_t)j0 * 3 * C, 3 * C, T - j0, size);
+    auto load = [&](int j0) {
+        floatX *other1 = others + j0 / OTHERS % 2 * 2 * OTHERS * LD, *other2 = other1 + OTHERS * LD;
+        if (j0 < T) {
+            load_tile<OTHERS, D>(other1, (OF_KEYS ? q : k) + (size_t)j0 * 3 * C, 3 * C, T - j0, size);
+            if (OF_KEYS) load_tile<OTHERS, D>(other2, dy + (size_t)j0 * C, C, T - j0, size);
+            else load_tile<OTHERS, D>(other2, v + (size_t)j0 * 3 * C, 3 * C, T - j0, size);
+        }
         cp_async_commit();
-        cp_async_wait<0>();
+    };
+    load(0);
+    for (int j0 = 0; j0 < T; j0 += OTHERS) {
+        const floatX *other1 = others + j0 / OTHERS % 2 * 2 * OTHERS * LD, *other2 = other1 + OTHERS * LD;
+        load(j0 + OTHERS);
+        cp_async_wait<1>(); // these rows are there, the next may be on their way
         __syncthreads();
         float p[OTHERS / 8][4] = {}, dscores[OTHERS / 8][4] = {}; // dscores is dp first
 #pragma unroll
@@ -747,6 +779,7 @@ __global__ void __launch_bounds__(ATTN_THREADS) attention_backward_kernel(floatX
                 mma_16x8x16(dv[2 * d + 1], pf, bf + 2 * WORDS);
             }
         }
+        __syncthreads(); // all are done with these rows, whose place the load after the next takes
     }
 #pragma unroll
     for (int d = 0; d < D / 8; d++)
@@ -764,13 +797,13 @@ template <int D> static void attention_forward_of(floatX *out, float *lse, const
     size_t shared = 3 * ATTN_ROWS * (D + PAD) * sizeof(floatX);
     auto attention = attention_forward_kernel<D>;
     cuda_check(cudaFuncSetAttribute(attention, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "attention_forward");
-    attention<<<B * NH * attention_tiles(T), ATTN_THREADS, shared>>>(out, lse, qkv, 1.44269504f / sqrtf(C / NH), T, C, NH);
+    attention<<<B * NH * attention_tiles(T), ATTN_THREADS, shared>>>(out, lse, qkv, 1 / sqrtf(C / NH), T, C, NH);
     launched("attention_forward");
 }
 
 template <int D, bool OF_KEYS>
 static void attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse, const float *delta, int B, int T, int C, int NH) {
-    size_t shared = 2 * (ATTN_ROWS + attention_others(D, OF_KEYS)) * (D + PAD) * sizeof(floatX);
+    size_t shared = (2 * ATTN_ROWS + 4 * attention_others(D, OF_KEYS)) * (D + PAD) * sizeof(floatX);
     auto attention = attention_backward_kernel<D, OF_KEYS>;
     cuda_check(cudaFuncSetAttribute(attention, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "attention_backward");
     attention<<<B * NH * attention_tiles(T), ATTN_THREADS, shared>>>(dqkv, dout, qkv, lse, delta, 1 / sqrtf(C / NH), T, C, NH);
@@ -826,7 +859,7 @@ static void gather_backward(float *dinp, floatX *dinpx, const float *dout, const
     launched("gather_backward");
 }
 
-// ---- softmax and cross entropy: a block for each row, loss and gradient in one sweep ----
+// ---- softmax and cross entropy: a block for each row, loss and gradient in one kernel ----
 
 // logits (R,V), rows ld apart -> losses (R) = -log p[target], and unless NULL dlogits (R,V), rows ld apart, of sum(weights * losses).
 // dlogits may be logits. targets and weights (BT) are looked up at rows (R).
@@ -844,9 +877,9 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
     if (threadIdx.x == 0) losses[blockIdx.x] = m - l[target] + logf(sum);
     if (!dlogits) return;
     __syncthreads(); // dlogits may be logits: the target's has been read
-    float weight = weights[rows[blockIdx.x]];
+    float weight = weights[rows[blockIdx.x]], scale = weight / sum;
     floatX *d = dlogits + (size_t)blockIdx.x * ld;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) d[v] = (floatX)((expf(l[v] - m) / sum - (v == target)) * weight);
+    for (int v = threadIdx.x; v < V; v += blockDim.x) d[v] = (floatX)(expf(l[v] - m) * scale - (v == target ? weight : 0));
 }
 
 static void crossentropy_forward_backward(float *losses, floatX *dlogits, const float *logits, const float *weights, const int *targets, const int *rows, int R, int V, int ld) {
@@ -883,7 +916,7 @@ __global__ void sample_kernel(int *token, double *confidence, const float *logit
     for (int v = begin + 1; v < end; v++)
         if (l[v] > l[best]) best = v;
     float largest = block_reduce(begin < end ? l[best] : -INFINITY, 1);
-    int likeliest = -block_reduce(begin < end && l[best] == largest ? -best : -V, 1); // the lowest, if several are equal
+    int likeliest = -block_reduce(begin < end && l[best] == largest ? -best : 1 - V, 1); // the lowest, if several are equal
     double sum = 0, tempered = 0;
     for (int v = begin; v < end; v++) {
         sum += exp((double)l[v] - largest);
@@ -929,7 +962,7 @@ enum { SQUARES = 1 << 14 }; // numbers whose squares a block of gradient_norm() 
 
 typedef struct { // what a pass computes, kept for its backward
     floatX *ln1, *qkv, *atty, *ln2, *fch, *fch_gelu;                       // (B,T,C), (B,T,3C), (B,T,C), (B,T,C), (B,T,4C), (B,T,4C)
-    float *ln1_mean, *ln1_rstd, *lse, *res2, *ln2_mean, *ln2_rstd;         // (B,T), (B,T), (B,NH,T), (B,T,C), (B,T), (B,T)
+    float *ln1_mean, *ln1_rstd, *lse, *res2, *ln2_mean, *ln2_rstd;         // (B,T), (B,T), (B,NH,T) in log 2, (B,T,C), (B,T), (B,T)
 } Acts;
 
 typedef struct { // as in loopmdm.c, on the GPU but for row_loss
@@ -985,13 +1018,13 @@ static size_t place_acts(Acts *a, Config c, int B, int T, char *at) { // one pas
 
 static void model_plan(Model *m, int B, int T, int S, int training, int recompute) {
     Config c = m->config;
-    size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, R = max_int(512, (1 << 26) / c.vocab_size), P = num_passes(c, S), X = sizeof(floatX);
+    size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, R = max_int(512, (1 << 27) / c.vocab_size / TILE * TILE), P = num_passes(c, S), X = sizeof(floatX);
     if (R > BT) R = BT;
     Acts unused;
     m->training = training, m->recompute = recompute, m->max_B = B, m->max_T = T, m->max_S = S, m->head_rows = (int)R;
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
     m->pass_bytes = place_acts(&unused, c, B, T, NULL);
-    m->parts.size = training ? (size_t)m->parts.blocks * TILE * TILE + 4 * C + 2 * blocks(m->params.total, SQUARES) : 0; // the last for gradient_norm()
+    m->parts.size = training ? (size_t)2 * m->parts.blocks * TILE * TILE + 4 * C + 2 * blocks(m->params.total, SQUARES) : 0; // the last for gradient_norm()
     size_t half = (size_t)T * (C / c.heads / 2), logits = R * m->padded_logits, grad = training ? BT * C : 0;
     const Place plan[] = {
         {&m->row_loss_gpu, B * sizeof(double)}, {&m->x, BT * 4}, {&m->targets, BT * 4}, {&m->rows, BT * 4}, {&m->count, 4}, {&m->weights, BT * 4},
@@ -1027,7 +1060,7 @@ static void no_memory(Model *m, int B, int T, int S, int training, int recompute
         if (total_bytes(m) <= available) fits += step;
     }
     char advice[64] = "choose a smaller model";
-    if (fits) snprintf(advice, sizeof advice, "--batch %d fits", fits);
+    if (fits) snprintf(advice, sizeof advice, "%d fit (--batch%s)", fits, training ? "" : ", or -n in sample");
     die(FAILED, "%s %d rows takes %.0f MiB, and the GPU has %.0f MiB free: %s%s", training ? "training with" : "a forward of", B, wanted, available / MiB,
         advice, training && !recompute ? "; --recompute takes less" : "");
 }
@@ -1048,7 +1081,8 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     if (total_bytes(m) > available) no_memory(m, B, T, S, training, recompute, available);
     for (int i = 0; i < NUM_MEMORIES; i++) {
         if (m->bytes[i] == 0) continue;
-        if (cudaMalloc(&m->memory[i], m->bytes[i]) != cudaSuccess) no_memory(m, B, T, S, training, recompute, available);
+        if (cudaMalloc(&m->memory[i], m->bytes[i]) != cudaSuccess)
+            die(FAILED, "the GPU has %zu MiB free, but none of %zu in one piece: choose a smaller --batch", available >> 20, m->bytes[i] >> 20);
         cuda_check(cudaMemset(m->memory[i], 0, m->bytes[i]), "clearing memory");
     }
     model_plan(m, B, T, S, training, recompute);
@@ -1258,8 +1292,8 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
         size_t n = m->params.size[t], at = m->params.tensor[t] - m->params.data;
         adamw_kernel<<<blocks(n, THREADS), THREADS>>>(m->params.tensor[t], m->paramsx + at, m->grads.tensor[t], m->moment1.tensor[t], m->moment2.tensor[t], n,
                                                       scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps);
+        launched("adamw");
     }
-    launched("adamw");
 }
 
 // =====================================================================================================================

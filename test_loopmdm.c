@@ -447,6 +447,63 @@ static void check_attention(int B, int T, int NH, int D, double *forward, double
     free(qkv), free(dout), free(out), free(dqkv), free(want), free(dwant), free(p), free(dp), free(dkv);
 }
 
+// The embedding's gradient where one token is at hundreds of positions, some twice in a stretch of 256 and some never again
+static double check_encoder(int B, int T, int C, int V) {
+    size_t n = (size_t)B * T * C;
+    int *x = (int *)allocate((size_t)B * T, sizeof(int), "a test"), *x_ = (int *)device_array((size_t)B * T * sizeof(int));
+    float *dout = ARRAY(n), *dwte = ARRAY((size_t)V * C), *dwpe = ARRAY((size_t)T * C), *got = ARRAY((size_t)V * C + (size_t)T * C);
+    double *want = (double *)allocate((size_t)V * C + (size_t)T * C, sizeof(double), "a test"), worst = 0;
+    for (int i = 0; i < B * T; i++) x[i] = random_uniform(12, 0, 0, i) < 0.5 ? V - 1 : (int)(random_bits(13, 0, 0, i) % V);
+    to_device(x_, x, (size_t)B * T * sizeof(int));
+    float *dout_ = random_floats(dout, n, 1), *dwte_ = random_floats(dwte, (size_t)V * C, 1), *dwpe_ = random_floats(dwpe, (size_t)T * C, 1);
+    encoder_backward(dwte_, dwpe_, dout_, x_, B, T, C);
+    to_host(got, dwte_, (size_t)V * C * sizeof(float)), to_host(got + (size_t)V * C, dwpe_, (size_t)T * C * sizeof(float));
+    for (int i = 0; i < V * C; i++) want[i] = dwte[i];
+    for (int i = 0; i < T * C; i++) want[V * C + i] = dwpe[i];
+    for (int i = 0; i < B * T; i++)
+        for (int c = 0; c < C; c++) want[x[i] * C + c] += dout[i * C + c], want[V * C + i % T * C + c] += dout[i * C + c];
+    for (int i = 0; i < (V + T) * C; i++) worst = worse(worst, matmul_error(got[i], want[i]));
+    device_free(x_), device_free(dout_), device_free(dwte_), device_free(dwpe_);
+    free(x), free(dout), free(dwte), free(dwpe), free(got), free(want);
+    return worst;
+}
+
+static void check_crossentropy(int R, int V, double *loss_error, double *gradient_error) {
+    int ld = (V + 7) / 8 * 8, *targets = (int *)allocate(2 * R, sizeof(int), "a test"), *rows = (int *)allocate(R, sizeof(int), "a test");
+    int *targets_ = (int *)device_array(2 * R * sizeof(int)), *rows_ = (int *)device_array(R * sizeof(int));
+    float *logits = ARRAY((size_t)R * ld), *weights = ARRAY(2 * R), *losses = ARRAY(R), *got = ARRAY((size_t)R * ld), *want = ARRAY((size_t)R * ld);
+#ifndef TEST_CUDA
+    ld = V;
+#endif
+    float *logits_ = random_floats(logits, (size_t)R * ld, 20), *weights_ = random_floats(weights, 2 * R, 1), *losses_ = random_floats(losses, R, 1);
+    for (int r = 0; r < R; r++) rows[r] = 2 * r + 1;
+    for (int i = 0; i < 2 * R; i++) targets[i] = i == 1 ? V - 1 : (int)(random_bits(14, 0, 0, i) % V);
+    to_device(targets_, targets, 2 * R * sizeof(int)), to_device(rows_, rows, R * sizeof(int));
+#ifdef TEST_CUDA
+    floatX *dlogits_ = BF16 ? random_x(got, (size_t)R * ld, 1) : (floatX *)logits_;
+    crossentropy_forward_backward(losses_, dlogits_, logits_, weights_, targets_, rows_, R, V, ld);
+    read_x(got, dlogits_, (size_t)R * ld);
+#else
+    crossentropy_forward(losses_, logits_, targets_, rows_, R, V);
+    crossentropy_backward(logits_, weights_, targets_, rows_, R, V);
+    to_host(got, logits_, (size_t)R * ld * sizeof(float));
+#endif
+    to_host(losses, losses_, R * sizeof(float));
+    for (int r = 0; r < R; r++) {
+        double sum = 0;
+        for (int v = 0; v < V; v++) sum += exp((double)logits[r * ld + v]);
+        for (int v = 0; v < V; v++) want[r * ld + v] = (float)((exp((double)logits[r * ld + v]) / sum - (v == targets[rows[r]])) * weights[rows[r]]);
+        for (int v = V; v < ld; v++) got[r * ld + v] = 0; // padding
+        *loss_error = worse(*loss_error, matmul_error(losses[r], log(sum) - logits[r * ld + targets[rows[r]]]));
+    }
+    *gradient_error = worse(*gradient_error, relative_norm(got, want, (size_t)R * ld));
+#ifdef TEST_CUDA
+    if (BF16) device_free(dlogits_);
+#endif
+    device_free(targets_), device_free(rows_), device_free(logits_), device_free(weights_), device_free(losses_);
+    free(targets), free(rows), free(logits), free(weights), free(losses), free(got), free(want);
+}
+
 static void check_layers(void) {
     static const int rows[] = {1, 17, 128, 131, 700}, channels[] = {2, 6, 32, 130, 200}, outputs[] = {2, 64, 130, 264};
     double forward = 0, dinput = 0, dweight = 0;
@@ -463,6 +520,13 @@ static void check_layers(void) {
     // at most, which is half of that on average
     check("attention_forward, relative", forward, TOLERANCE(1e-6, 1 / 256.), "T = 1 .. 130, heads of 2 .. 128");
     check("attention_backward, relative", backward, TOLERANCE(3e-6, 1.5 / 256), "T = 1 .. 130, heads of 2 .. 128");
+    check("encoder_backward", check_encoder(3, 210, 40, 50), 1e-5, "630 positions, half of them of one token");
+    double loss_error = 0, gradient_error = 0;
+    check_crossentropy(5, 1, &loss_error, &gradient_error);
+    check_crossentropy(9, 703, &loss_error, &gradient_error);
+    check_crossentropy(3, 20001, &loss_error, &gradient_error);
+    check("crossentropy, loss", loss_error, 1e-6, "1, 703 and 20001 tokens");
+    check("crossentropy, gradient, relative", gradient_error, TOLERANCE(2e-6, 1 / 256.), "1, 703 and 20001 tokens");
 }
 
 static Config small_config(int a, int b) {
@@ -542,6 +606,19 @@ static void check_model(void) {
     for (size_t i = 0; i < total; i++) grads[i] *= 2;
     check("gradients are added up, relative", relative_norm(moved, grads, total), 1e-6, "twice the same batch");
     model_free(&less);
+
+    // the head in many small parts
+    clear_gradients(&m);
+    int head_rows = m.head_rows;
+    double one_part = forward_loss(&m, 3, 0);
+    m.head_rows = 7;
+    check("the head in parts: loss, relative", fabs(forward_loss(&m, 3, 1) / one_part - 1), 1e-6, "7 rows at a time");
+    m.head_rows = head_rows;
+    float *parts = ARRAY(total);
+    tensors_read(parts, &m.grads);
+    for (size_t i = 0; i < total; i++) parts[i] *= 2;
+    check("the head in parts: gradient, relative", relative_norm(parts, grads, total), TOLERANCE(1e-5, 1e-4), "7 rows at a time");
+    free(parts);
 
     // the same memory for all passes gives the same forward as memory for each
     model_build(&other, c);

@@ -645,7 +645,7 @@ inline void ldmatrix_x4_trans(uint32_t r[4], const void *row, LINE) {
 inline void cp_async_16(void *shared, const void *global, int bytes, LINE) {
     Thread &t = *core->thread;
     must_be_aligned("cp_async_16 to shared memory", shared, line);
-    if (bytes) must_be_aligned("cp_async_16 from global memory", global, line);
+    must_be_aligned("cp_async_16 from global memory", global, line);
     if (bytes < 0 || bytes > 16) die(line, "cp_async_16 of %d bytes", bytes);
     if (t.copies_begun - t.copies_done == MAX_COPIES) die(line, "more than %d cp_async_16 without a wait", MAX_COPIES);
     memset(shared, 0xFF, 16);

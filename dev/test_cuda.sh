@@ -112,7 +112,7 @@ errors() {
     expect 'no GPU' CUDA_ON_CPU_DEVICES=0 $train
     expect 'no GPU' CUDA_ON_CPU_DEVICES=-1 $train
     expect 'compute capability 7.0' CUDA_ON_CPU_CAPABILITY=70 $train
-    expect '--batch 106 fits; --recompute takes less' CUDA_ON_CPU_MEMORY=40000000 $train --batch 400
+    expect 'fit (--batch); --recompute takes less' CUDA_ON_CPU_MEMORY=40000000 $train --batch 400
     expect 'choose a smaller model' CUDA_ON_CPU_MEMORY=400000 $train --batch 400
     expect '128 at most' A=1 $train --channels 512 --heads 2
     env CUDA_ON_CPU_DEVICES=0 $program info --model d12 >/dev/null
