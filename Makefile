@@ -26,6 +26,7 @@ CXXFLAGS = -std=c++17 -I. $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
 PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
+$(if $(BF16_$(PRECISION)),,$(error PRECISION=$(PRECISION): choose bf16 or fp32))
 GPU = native
 NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings -Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
 

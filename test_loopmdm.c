@@ -351,11 +351,8 @@ static void check_matmul(int M, int C, int OC, double *forward, double *dinput, 
     floatX *inp_ = random_x(inp, M * C, 1), *weight_ = random_x(weight, OC * C, 1), *dout_ = random_x(dout, M * OC, 1), *out_ = random_x(out, M * OC, 1), *dinp_ = random_x(dinp, M * C, 1);
     float *bias_ = random_floats(bias, OC, 1), *dweight_ = random_floats(dweight, OC * C, 1), *dbias_ = random_floats(dbias, OC, 1);
 #ifdef TEST_CUDA
-    float none;
-    Parts parts = {random_floats(&none, 0, 1), 0, 8};
-    device_free(parts.memory);
-    parts.size = (size_t)2 * OC * C + 4 * OC;
-    parts.memory = (float *)device_array(parts.size * sizeof(float));
+    size_t room = (size_t)2 * OC * C + 4 * OC;
+    Parts parts = {(float *)device_array(room * sizeof(float)), room, 8};
     matmul_forward(Store<floatX>{out_, OC, bias_}, inp_, weight_, M, C, OC);
     matmul_backward(Store<floatX>{dinp_, C, NULL}, dweight_, dbias_, dout_, OC, inp_, weight_, M, C, OC, parts);
     device_free(parts.memory);
