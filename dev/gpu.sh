@@ -5,7 +5,7 @@
 set -uo pipefail
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || { echo "no GPU: nvidia-smi does not answer"; exit 1; }
 [ -n "$name" ] || { echo "no GPU: nvidia-smi names none"; exit 1; }
-: "${PYTHON:=python3}"
+export PYTHON=${PYTHON:-python3}
 result=dev/results/gpu_$(echo "$name" | tr -c 'A-Za-z0-9\n' '_').txt
 mkdir -p dev/results build/test
 began=$SECONDS status=0
@@ -34,7 +34,7 @@ all() {
         echo "---- no compute-sanitizer"
     fi
     rm -rf build/test/gpu_run
-    local data="--data build/stories_train.bin --tokenizer dev/data/stories.tok --loop-dist uniform --val-data build/stories_val.bin --val-rows 64"
+    local data="--data build/stories_train.bin --tokenizer dev/data/stories.tok --val-data build/stories_val.bin --val-rows 64"
     step 40 "d6: 200 steps" 4 build/loopmdm_cuda_bf16 train $data --model d6 --batch 64 --steps 200 --warmup 50 --out build/test/gpu_run/d6
     step 60 "d12: 30 steps" 4 build/loopmdm_cuda_bf16 train $data --model d12 --batch 8 --steps 30 --warmup 10 --loops 1,8 --out build/test/gpu_run/d12
     step 60 "kernel studies" 60 make studies_cuda

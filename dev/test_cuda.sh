@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Every check of loopmdm.cu: "on_cpu" on the CPU emulation (dev/cuda_on_cpu.h), "cuda" on a GPU. From the repository root, after make has
-# built build/{loopmdm,test}_{on_cpu,cuda}_{fp32,bf16}.
+# built build/{loopmdm,test}_{on_cpu,cuda}_{fp32,bf16}. On a GPU with the large reference files too, if PYTHON has PyTorch to write them
+# (the emulation would take minutes for these).
 set -uo pipefail
 where=$1
 . dev/parts.sh
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # see Makefile
-: "${CXX:=g++}" "${NVCC:=nvcc}" "${ARCH:=}" "${OPENMP:=}"
+: "${CXX:=g++}" "${NVCC:=nvcc}" "${ARCH:=}" "${OPENMP:=}" "${PYTHON:=.venv/bin/python}"
 work=build/test/$where
 rm -rf "$work" && mkdir -p "$work"
 
@@ -133,8 +134,13 @@ nvcc_compiles() {
     echo "$ok passed, $bad failed"
 }
 
+references=(dev/reference/*.bin)
+if [ "$where" = cuda ]; then
+    if $PYTHON train_gpt2style.py dump --large --out "$work/reference" >/dev/null 2>&1; then references+=("$work"/reference/*.bin)
+    else echo "no PyTorch in $PYTHON: without the large reference files"; fi
+fi
 for precision in fp32 bf16; do
-    part "${where}_$precision" "build/test_${where}_$precision" "build/loopmdm_${where}_$precision" dev/reference/*.bin
+    part "${where}_$precision" "build/test_${where}_$precision" "build/loopmdm_${where}_$precision" "${references[@]}"
 done
 part beside_the_cpu_program beside_the_cpu_program
 if [ "$where" = on_cpu ]; then
