@@ -6,7 +6,7 @@
 #
 # make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)
 # make loopmdm_cuda_on_cpu  builds loopmdm.cu with a C++ compiler, its kernels running on the CPU (dev/cuda_on_cpu.h)
-# make test_cuda            every check of loopmdm.cu on a GPU;  make test_cuda_on_cpu  the same anywhere, a part of make test
+# make test_cuda            checks loopmdm.cu on a GPU;  make test_cuda_on_cpu  anywhere, and more closely, a part of make test
 # make studies              dev/cuda: kernels from naive to fast, checked on the CPU emulation;  make studies_cuda  and measured on a GPU
 #
 # OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one; GPU=sm_90 for another GPU than this one.

@@ -11,8 +11,8 @@ CPU does in passes over memory is joined here: GELU and residual are epilogues o
 
 Two precisions, chosen when it is built. fp32 is for verification: every product in float. bf16 is for training: what goes into a matrix
 product is bfloat16 and goes through tensor cores, sums are float; the residual stream, its gradient, the logits, the gradients of
-parameters, and the parameters that AdamW changes stay float. Both run the same kernels, and differ only in floatX and in what one
-warp-wide product of 16 x 8 x 16 is made of.
+parameters, and the parameters that AdamW changes stay float. Both run the same kernels, and differ in floatX, in how
+a warp multiplies 16 x 8 x 16, and in how many tiles fit into shared memory.
 
 No sum depends on which block came first: there are no atomics. The same seed gives the same bits on the same model of GPU. (How long sums
 are split depends on its number of multiprocessors.)
@@ -82,7 +82,7 @@ template <class T> __device__ static inline T warp_sum(T x) { // in all lanes
     return x;
 }
 
-// Sum, or with op != 0 maximum, over the block, in all threads, taken in the same order everywhere
+// Sum, or maximum, over the block, in all threads, taken in the same order everywhere
 template <class T> __device__ static inline T block_reduce(T x, int maximum) {
     __shared__ T part[WARP];
     for (int i = WARP / 2; i > 0; i /= 2) {
@@ -237,8 +237,8 @@ __device__ static inline float gelu_gradient(float x) {
 // and B, 32 deep, come through shared memory; while one is multiplied, the next ones are on their way (STAGES in a ring).
 //
 //                       N                      A(i,k) is a[i*lda + k], or TRANS_A a[k*lda + i];
-//               +---+---+---+---+              B(k,j) is b[j*ldb + k], or TRANS_B b[k*ldb + j]:
-//     A   K     | 0 | 1 | 2 | 3 |  64          no transposed copy is ever made.
+//               +---+---+---+---+              B(k,j) is b[j*ldb + k], or TRANS_B b[k*ldb + j].
+//     A   K     | 0 | 1 | 2 | 3 |  64          Where k runs fastest tiles are as mma wants them; else ldmatrix transposes.
 //    [][][] ->  +---+---+---+---+
 //               | 4 | 5 | 6 | 7 |  64          What happens to a result is the epilogue's business: it gets C(i,j) and C(i,j+1), with j
 //               +---+---+---+---+              even, and stores them with a bias, through GELU, on top of what is there ..
@@ -350,7 +350,7 @@ template <bool TRANS_A, bool TRANS_B, class Epilogue>
 static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb, int M, int N, int K, int splits) {
     size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
     auto matmul = matmul_kernel<TRANS_A, TRANS_B, Epilogue>;
-    cuda_check(cudaFuncSetAttribute(matmul, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "matmul");
+    cuda_check(cudaFuncSetAttribute(matmul, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "matmul"); // more than 48 KiB must be asked for
     matmul<<<dim3(blocks(M, TILE), blocks(N, TILE), splits), THREADS, shared>>>(epilogue, a, lda, b, ldb, M, N, K, blocks(blocks(K, splits), DEPTH) * DEPTH);
     launched("matmul");
 }
@@ -366,7 +366,7 @@ static int choose_splits(Parts parts, int tiles, int K, size_t size) {
     double lowest = blocks(tiles, parts.blocks);
     for (int splits = 2; splits <= most; splits++) {
         double cost = blocks((size_t)tiles * splits, parts.blocks) / (double)splits; // rounds of blocks, each of 1/splits of the work
-        if (cost < 0.95 * lowest) lowest = cost, best = splits;
+        if (cost < 0.95 * lowest) lowest = cost, best = splits; // adding up the parts takes time too
     }
     return best;
 }
@@ -461,7 +461,7 @@ static void encoder_forward(float *out, const int *x, const float *wte, const fl
 }
 
 // Many positions add to one row of wte. A block is at each position, but only the first with its token stays: it looks for the others,
-// 256 at a time, and adds them in order.
+// 256 at a time, and adds them in order. MASK is about half of all positions, so the block that adds these up takes the longest.
 __global__ void wte_backward_kernel(float *dwte, const float *dout, const int *x, int BT, int C) {
     __shared__ int found[THREADS];
     __shared__ int counts[THREADS / WARP];
@@ -597,8 +597,8 @@ static void rope_backward(floatX *dqkv, const float *cosine, const float *sine, 
 //
 // A block of 4 warps has 64 rows (queries) of one head, a warp 16 of them, and goes over all keys, 64 at a time. Scores, probabilities
 // and the output stay in registers. The softmax is taken online: when a larger score comes, what was summed is scaled down.
-// D is the head's size rounded up; the columns added are zero. Scores are in units of log 2, since exp2 is what the hardware has:
-// score = q k^T scale2 with scale2 = log2(e)/sqrt(D), lse = log2 sum exp2(score).
+// D is the head's size, C/NH, rounded up; the columns added are zero. Scores are in units of log 2, since exp2 is what the hardware has:
+// score = q k^T scale2 with scale2 = log2(e)/sqrt(C/NH), lse = log2 sum exp2(score).
 enum { ATTN_ROWS = 64, ATTN_THREADS = 128 };
 HOST_DEVICE static inline int attention_tiles(int T) { return (T + ATTN_ROWS - 1) / ATTN_ROWS; } // of each head: blocks in a grid
 
@@ -690,7 +690,8 @@ __global__ void __launch_bounds__(ATTN_THREADS) attention_forward_kernel(floatX 
     }
 }
 
-// delta (B,NH,T) = sum of dout out over a head's channels: what sum(p dp) comes to. A warp for each.
+// delta (B,NH,T) = sum of dout out over a head's channels: what sum(p dp) over keys comes to, as dp_j = dout v_j and out = sum(p_j v_j).
+// A warp for each.
 __global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, int B, int T, int C, int NH) {
     int n = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, size = C / NH;
     if (n >= B * NH * T) return;
@@ -701,7 +702,8 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
     if (lane == 0) delta[n] = sum;
 }
 
-HOST_DEVICE static constexpr int attention_others(int D, bool of_keys) { return D > 64 ? 16 : of_keys || D <= 32 ? 64 : 32; } // as many as registers allow
+// Rows of the other side at a time. Heads of 128 in fp32 then take all of the 99 KiB that the smallest GPUs (8.6, 8.9, 12.0) give a block.
+HOST_DEVICE static constexpr int attention_others(int D, bool of_keys) { return D > 64 ? 16 : D <= 32 || (of_keys && (BF16 || D < 64)) ? 64 : 32; }
 
 // Scores are computed again, from both sides, so that every sum has one owner and no atomics are needed:
 //   OF_KEYS   a block has 64 keys and goes over all queries:  dv += p^T dout,  dk += dscores^T q
@@ -883,7 +885,7 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
 }
 
 static void crossentropy_forward_backward(float *losses, floatX *dlogits, const float *logits, const float *weights, const int *targets, const int *rows, int R, int V, int ld) {
-    int threads = V > 16384 ? 1024 : THREADS; // fewer rows at a time where they are long, so that the second sweep finds them in the L2 cache
+    int threads = V > 16384 ? 1024 : THREADS; // fewer rows at a time where they are long: the second sweep may find more of them in the L2 cache
     crossentropy_kernel<<<R, threads>>>(losses, dlogits, logits, weights, targets, rows, V, ld);
     launched("crossentropy");
 }
@@ -976,11 +978,11 @@ typedef struct { // as in loopmdm.c, on the GPU but for row_loss
     float *states;                           // (passes + 1 in training, else 1; B,T,C)
     char *acts;                              // (passes in training, but 1 with recompute, else 1) Acts, pass_bytes each
     size_t pass_bytes;
-    float *cosine, *sine;
-    float *head_inp, *lnf_mean, *lnf_rstd, *logits;
-    floatX *lnf, *dlogits;                   // dlogits are logits in fp32
-    float *losses, *dres, *dhead, *delta;    // dhead (head_rows,C): of head_inp; delta (B,NH,T)
-    floatX *dresx, *dln, *datty, *dwide;     // dresx: a copy of dres
+    float *cosine, *sine;                    // (T,D/2)
+    float *head_inp, *lnf_mean, *lnf_rstd, *logits; // (head_rows,C), (head_rows), (head_rows), (head_rows,padded_logits)
+    floatX *lnf, *dlogits;                   // (head_rows,C), (head_rows,padded_logits); in fp32 dlogits take the place of logits
+    float *losses, *dres, *dhead, *delta;    // (R), (B,T,C), (head_rows,C) of head_inp, (B,NH,T)
+    floatX *dresx, *dln, *datty, *dwide;     // (B,T,C) a copy of dres, (B,T,C), (B,T,C), (B,T,4C) of fch, then (B,T,3C) of qkv
     int *x, *targets, *rows, *count, *token; // count (1): of masked rows;  token (head_rows): sampled
     float *weights;
     double *row_loss_gpu, *row_loss, *confidence;
@@ -1019,7 +1021,7 @@ static size_t place_acts(Acts *a, Config c, int B, int T, char *at) { // one pas
 static void model_plan(Model *m, int B, int T, int S, int training, int recompute) {
     Config c = m->config;
     size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, R = max_int(512, (1 << 27) / c.vocab_size / TILE * TILE), P = num_passes(c, S), X = sizeof(floatX);
-    if (R > BT) R = BT;
+    if (R > BT) R = BT; // 2^27 logits are 512 MiB: a product large enough to fill a GPU
     Acts unused;
     m->training = training, m->recompute = recompute, m->max_B = B, m->max_T = T, m->max_S = S, m->head_rows = (int)R;
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
@@ -1074,7 +1076,7 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     cuda_check(cudaGetDeviceProperties(&gpu, 0), "the GPU's properties");
     if (gpu.major < 8) die(FAILED, "the GPU, %s, has compute capability %d.%d; 8.0 (Ampere) is needed", gpu.name, gpu.major, gpu.minor);
     if (m->config.channels / m->config.heads > 128) die(FAILED, "heads of %d channels: on the GPU they have 128 at most", m->config.channels / m->config.heads);
-    m->parts.blocks = 2 * gpu.multiProcessorCount;
+    m->parts.blocks = 2 * gpu.multiProcessorCount; // 2 fit on each (dev/cuda/README.md)
     model_plan(m, B, T, S, training, recompute);
     size_t available, all;
     cuda_check(cudaMemGetInfo(&available, &all), "the GPU's memory");

@@ -19,7 +19,7 @@ What is not C++, launches and shared arrays, becomes calls. These rules for sed 
 
 The threads of a block are fibers of one OS thread; blocks run in parallel with OpenMP. Each thread runs until it must wait: at a warp
 collective for its warp, at a barrier for its block. Threads are as far apart as the barriers allow, so that a missing one shows as a wrong
-result at once, and not in one run of a thousand. The environment chooses:
+result in one of the orders below every time, and not in one run of a thousand. The environment chooses:
 
     CUDA_ON_CPU_ORDER=ascending | descending | random     which thread, warp and block goes first; random: anew after every barrier
     CUDA_ON_CPU_SEED=N        another random order; the same N gives the same one, on any number of cores
@@ -30,9 +30,11 @@ result at once, and not in one run of a thousand. The environment chooses:
 
 It is stricter than a GPU. Device and shared memory hold 0xFF bytes (NaN) until written, and so does the target of cp_async_16 from its call
 to its wait. One line with kernel, block, thread and line ends the program when lanes of a warp wait for different things, threads of a block
-wait at different __syncthreads, an address is misaligned, or the arguments of a launch or copy are not device memory.
+wait at different __syncthreads, an address of ldmatrix or cp_async_16 is misaligned (for float4 and the like: -fsanitize=undefined), or the
+arguments of a launch or copy are not device memory.
 
-Limits. A warp collective is for all lanes that have not exited, with width 32: there are no masks for a part of a warp. A thread must not
+Limits. A warp collective is for all lanes that have not exited, with width 32: there are no masks for a part of a warp, and two calls of the
+same one in diverged branches meet. Arithmetic on __nv_bfloat16 is float; a GPU rounds each result. Static shared memory does not count. A thread must not
 spin until another one writes. Pointers inside structures are not checked. A kernel has at least one argument, its template arguments are
 written out, and a launch up to its ( is in one line. Shared arrays are declared one in a line; otherwise they work too, but start as zeros and
 AddressSanitizer does not see them. The local variables of a thread must fit in 64 KiB.
@@ -667,9 +669,14 @@ template <int N> void cp_async_wait() { // until all groups but the N newest are
 // =====================================================================================================================
 // 5. Runtime: memory, device, events, launches
 
-enum { SHARED_DEFAULT = 48 << 10, SHARED_MAX = 163 << 10 }; // bytes a block may have: without asking, and at most (sm_80)
+enum { SHARED_DEFAULT = 48 << 10 }; // bytes of dynamic shared memory that a block may have without asking
 
 namespace cuda {
+static int shared_max() { // bytes a block may have at most
+    int c = settings.capability;
+    return (c == 80 || c == 87 ? 163 : c < 90 || c >= 120 ? 99 : 227) << 10;
+}
+
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNoKernelImageForDevice = 209
@@ -809,13 +816,13 @@ inline cudaError_t cudaSetDevice(int i) {
     return result(i < 0 || i >= settings.devices ? cudaErrorInvalidValue : cudaSuccess);
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i) {
-    *p = {"CPU emulation", settings.memory, SHARED_MAX, settings.capability / 10, settings.capability % 10, 8};
+    *p = {"CPU emulation", settings.memory, (size_t)shared_max(), settings.capability / 10, settings.capability % 10, 8};
     return cudaSetDevice(i);
 }
 inline cudaError_t cudaDeviceSynchronize() { return check_device(); }
 template <class... T> cudaError_t cudaFuncSetAttribute(void (*kernel)(T...), cudaFuncAttribute, int bytes) {
     if (check_device()) return last_error;
-    if (bytes < 0 || bytes > SHARED_MAX) return result(cudaErrorInvalidValue);
+    if (bytes < 0 || bytes > shared_max()) return result(cudaErrorInvalidValue);
     return shared_limits[(const void *)kernel] = bytes, cudaSuccess;
 }
 

@@ -15,7 +15,7 @@ step() { # SECONDS AT MOST, NAME, COMMAND...: its last lines go into the result
     local left=$((470 - SECONDS + began))
     [ "$left" -lt "$limit" ] && limit=$left
     echo "---- $title"
-    [ "$limit" -gt 5 ] || { echo "no time is left for this"; return; }
+    [ "$limit" -gt 5 ] || { echo "no time is left for this"; status=1; return; }
     timeout "$limit" "$@" >build/test/gpu_step.log 2>&1
     local code=$?
     tail -n "$lines" build/test/gpu_step.log
@@ -24,7 +24,7 @@ step() { # SECONDS AT MOST, NAME, COMMAND...: its last lines go into the result
 
 all() {
     echo "$name, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1), $(${NVCC:-nvcc} --version | grep -o 'release [0-9.]*'), commit $(git rev-parse --short HEAD 2>/dev/null)"
-    step 150 "build" 1 make -j"$(nproc)" loopmdm build/loopmdm_cuda_fp32 build/loopmdm_cuda_bf16 build/test_cuda_fp32 build/test_cuda_bf16 build/stories_train.bin build/stories_val.bin
+    step 150 "build" 1 make -j"$(nproc)" loopmdm build/loopmdm_cuda_fp32 build/loopmdm_cuda_bf16 build/test_cuda_fp32 build/test_cuda_bf16 build/study_{matmul,attention,head}_cuda build/stories_train.bin build/stories_val.bin
     step 120 "tests" 90 make test_cuda
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of loopmdm.cu: "on_cpu" on the CPU emulation (dev/cuda_on_cpu.h), "cuda" on a GPU. From the repository root, after make has
+# Checks of loopmdm.cu against PyTorch and the CPU program: "cuda" on a GPU, "on_cpu" on the CPU emulation (dev/cuda_on_cpu.h), which has more. From the repository root, after make has
 # built build/{loopmdm,test}_{on_cpu,cuda}_{fp32,bf16}. On a GPU with the large reference files too, if PYTHON has PyTorch to write them
 # (the emulation would take minutes for these).
 set -uo pipefail
@@ -116,6 +116,10 @@ errors() {
     expect 'fit (--batch); --recompute takes less' CUDA_ON_CPU_MEMORY=40000000 $train --batch 400
     expect 'choose a smaller model' CUDA_ON_CPU_MEMORY=400000 $train --batch 400
     expect '128 at most' A=1 $train --channels 512 --heads 2
+    for channels in 64 96 128 256; do # every kind of attention fits into the shared memory of the smallest GPUs
+        env CUDA_ON_CPU_CAPABILITY=86 build/loopmdm_on_cpu_fp32 ${train/none/small_$channels} --layers 1 --loop 0:1 --channels $channels --heads 2 --batch 1 >/dev/null
+        check "fp32, heads of $((channels / 2)) channels, compute capability 8.6" $?
+    done
     env CUDA_ON_CPU_DEVICES=0 $program info --model d12 >/dev/null
     check "info needs no GPU" $?
     env CUDA_ON_CPU_PROTECT=1 build/test_on_cpu_fp32 --digest >/dev/null

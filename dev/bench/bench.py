@@ -5,7 +5,7 @@ Training speed of loopmdm beside PyTorch's: the same model, batches and threads,
     python3 dev/bench/bench.py --device cuda --compile                         # on a GPU: build/loopmdm_cuda_bf16, PyTorch under autocast
     python3 dev/bench/bench.py --device cuda --model d12 --vocab 50257 --batch 8 --compile
 
-These machines are shared, so only the ratio within one run means something. A step is forward, backward, clipping and AdamW with
+On a shared machine only the ratio within one run means something. A step is forward, backward, clipping and AdamW with
 the LM head on masked rows, on random tokens; making batches counts for loopmdm and not for PyTorch. Prints a table.
 """
 import argparse

@@ -23,7 +23,7 @@ typedef struct { // where all is, on the GPU
 // 1. Softmax, loss and gradient in three kernels
 //
 // Softmax in the place of the logits, a thread for a row; the loss, a thread for a row; the gradient, a thread for a number.
-// Limit: memory, used badly. The softmax goes over a row five times, and its neighbouring lanes are in neighbouring rows, V numbers apart,
+// Limit: memory, used badly. The softmax goes over a row three times and writes it twice, and its neighbouring lanes are in neighbouring rows, V numbers apart,
 // so that each load of a warp touches 32 lines of memory. R threads in all do not fill a GPU. And where p underflows, the loss is infinite.
 
 __global__ void softmax_kernel1(float *logits, int R, int V, int ld) {
@@ -110,7 +110,7 @@ static void head3(Head h, int R) {
 // 4. The kernel of loopmdm.cu
 //
 // The softmax is taken online, so that one sweep gives largest and sum: logits are read twice, not three times. And the head works on so many
-// rows at a time that their logits fit into a buffer of 2^26 numbers, not R V: that costs no time, and the memory does not grow with R.
+// rows at a time that their logits fit into a buffer of 2^27 numbers, not R V: that costs no time, and the memory does not grow with R.
 // Limit: memory, and the two sweeps.
 
 static void head4(Head h, int R) {
@@ -164,7 +164,7 @@ static double error_of(int version, Case c, int checked, double *seconds, double
 static void study(int version) {
     // One row; a vocabulary smaller than a warp, odd, larger than a block; chunks of which the last is not full
     static const Case small[] = {{"", 1, 8, 2, 1}, {"", 7, 34, 31, 3}, {"", 130, 16, 67, 128}, {"", 5, 24, 1001, 2}};
-    static const Case large[] = {{"d6", 2048, 288, 4096, 16384}, {"d12", 8192, 768, 50257, 1335}}; // half of B*T; 2^26 / V
+    static const Case large[] = {{"d6", 2048, 288, 4096, 16384}, {"d12", 8192, 768, 50257, 2560}}; // half of B*T; 2^27 / V in tiles
     double error = 0, seconds[2], rest[2];
     for (Case c : small) error = worse(error, error_of(version, c, c.R, NULL, NULL));
     if (ON_GPU)

@@ -23,7 +23,7 @@ enum { WARP = 32, THREADS = 256 };
 enum { PAD = 16 / sizeof(floatX) };
 enum { TILE = 128, DEPTH = 32, STAGES = BF16 ? 3 : 2, TILE_SIZE = TILE * (DEPTH + PAD) };
 enum { ATTN_ROWS = 64, ATTN_THREADS = 128 };
-attention_others(int D, bool of_keys) { return D > 64 ? 16 : of_keys || D <= 32 ? 64 : 32; }
+attention_others(int D, bool of_keys) { return D > 64 ? 16 : D <= 32 || (of_keys && (BF16 || D < 64)) ? 64 : 32; }
 size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
 size_t shared = 3 * ATTN_ROWS * (D + PAD) * sizeof(floatX);
 size_t shared = (2 * ATTN_ROWS + 4 * attention_others(D, OF_KEYS)) * (D + PAD) * sizeof(floatX);
@@ -43,7 +43,7 @@ def launch(kernel, bf16):
         return THREADS, stages * 2 * TILE * (DEPTH + pad) * size
     if name in ("attention_forward", "attention_backward"):
         D = int(re.match(r"\d+", arguments)[0])
-        others = 16 if D > 64 else 64 if "true" in arguments or D <= 32 else 32
+        others = 16 if D > 64 else 64 if D <= 32 or ("true" in arguments and (bf16 or D < 64)) else 32
         rows = 3 * ATTN_ROWS if name == "attention_forward" else 2 * ATTN_ROWS + 4 * others
         return ATTN_THREADS, rows * (D + pad) * size
     if name == "row_loss":
