@@ -41,6 +41,8 @@ build/flags: FORCE
 	@mkdir -p build && echo '$(CC) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS)' >$@
 build/cxx_flags: FORCE
 	@mkdir -p build && echo '$(CXX) $(CXXFLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS)' >$@
+build/precision: FORCE
+	@mkdir -p build && echo '$(PRECISION)' | cmp -s - $@ || echo '$(PRECISION)' >$@
 build/nvcc_flags: FORCE
 	@mkdir -p build && echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' >$@
 FORCE:
@@ -77,10 +79,10 @@ build/study_%.cpp: dev/cuda/%.cu dev/cuda_on_cpu.h
 	@mkdir -p build
 	$(PREPARE)
 
-build/study_%_on_cpu: build/study_%.cpp build/study_cpu.o build/loopmdm_on_cpu.cpp dev/cuda/study.h $(SOURCES) build/cxx_flags
+build/study_%_on_cpu: build/study_%.cpp build/study_cpu.o build/loopmdm_on_cpu.cpp dev/cuda/study.h $(SOURCES) build/cxx_flags build/precision
 	$(CXX) $(CXXFLAGS) -Idev/cuda -DBF16=$(BF16_$(PRECISION)) -DLOOPMDM_PREPARED='"build/loopmdm_on_cpu.cpp"' $< build/study_cpu.o -o $@ -lm
 
-build/study_%_cuda: dev/cuda/%.cu build/study_cpu.o dev/cuda/study.h $(SOURCES) build/nvcc_flags
+build/study_%_cuda: dev/cuda/%.cu build/study_cpu.o dev/cuda/study.h $(SOURCES) build/nvcc_flags build/precision
 	$(NVCC) $(NVCCFLAGS) $(if $(OPENMP),-Xcompiler $(OPENMP)) -DBF16=$(BF16_$(PRECISION)) $< build/study_cpu.o -o $@
 
 studies: $(STUDIES:%=build/study_%_on_cpu)

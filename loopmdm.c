@@ -1304,38 +1304,49 @@ static char *join_path(const char *folder, const char *name) {
 
 typedef struct { const void *data; size_t bytes; } Part;
 
-// Writes a file's parts to path.tmp, and sees that they are on the disk. On any error the unfinished file goes, and all others
-// are as they were.
-static void write_temporary(const char *path, const Part *parts, int n) {
-    struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) die(FAILED, "cannot write %s: it is a folder, device or pipe", path);
-    char *temporary = concat(path, ".tmp");
+typedef struct { const char *path; const Part *parts; int num_parts; } File;
+
+// Writes a file to path.tmp, and sees that it is on the disk. Returns 0, or what went wrong as errno says it.
+static int write_temporary(File f) {
+    char *temporary = concat(f.path, ".tmp");
     FILE *file = fopen(temporary, "wb");
     int failed = !file;
-    for (int i = 0; i < n && !failed; i++) failed = fwrite(parts[i].data, 1, parts[i].bytes, file) != parts[i].bytes;
+    for (int i = 0; i < f.num_parts && !failed; i++) failed = fwrite(f.parts[i].data, 1, f.parts[i].bytes, file) != f.parts[i].bytes;
     failed = failed || fflush(file) || fsync(fileno(file));
-    int error = errno;
-    if (file && fclose(file) && !failed) failed = 1, error = errno;
-    if (failed) {
-        unlink(temporary);
-        die(FAILED, "cannot write %s: %s; what was there before is unchanged", path, strerror(error));
-    }
+    int error = failed ? errno : 0;
+    if (file && fclose(file) && !failed) error = errno;
     free(temporary);
+    return error;
 }
 
-static void commit_file(const char *path) { // path.tmp becomes path
+static int commit_file(const char *path) { // path.tmp becomes path; returns 0 or errno
     char *temporary = concat(path, ".tmp");
-    if (rename(temporary, path)) {
-        int error = errno;
-        unlink(temporary);
-        die(FAILED, "cannot write %s: %s", path, strerror(error));
-    }
+    int error = rename(temporary, path) ? errno : 0;
     free(temporary);
+    return error;
+}
+
+// Writes n files, which take the place of the old ones only when all are on the disk, one after the other. On an error the unfinished
+// ones go.
+static void write_files(const File *files, int n) {
+    int error = 0, bad = 0;
+    struct stat info;
+    for (int i = 0; i < n; i++)
+        if (!stat(files[i].path, &info) && !S_ISREG(info.st_mode)) die(FAILED, "cannot write %s: it is a folder, device or pipe", files[i].path);
+    for (int i = 0; i < n && !error; i++) error = write_temporary(files[i]), bad = i;
+    for (int i = 0; i < n && error; i++) {
+        char *temporary = concat(files[i].path, ".tmp");
+        unlink(temporary);
+        free(temporary);
+    }
+    if (error) die(FAILED, "cannot write %s: %s; what was there before is unchanged", files[bad].path, strerror(error));
+    for (int i = 0; i < n; i++)
+        if ((error = commit_file(files[i].path))) die(FAILED, "cannot rename %s.tmp to %s: %s", files[i].path, files[i].path, strerror(error));
 }
 
 static void write_file(const char *path, const Part *parts, int n) {
-    write_temporary(path, parts, n);
-    commit_file(path);
+    const File file = {path, parts, n};
+    write_files(&file, 1);
 }
 
 // The header's CRC, of all parts; the header is the first.
@@ -1361,10 +1372,8 @@ static void checkpoint_save(const Model *m, const char *folder, Progress p) {
     char *model_path = join_path(folder, "model.bin"), *optimizer_path = join_path(folder, "optimizer.bin");
     seal_header(model, model_parts, 2);
     seal_header(optimizer, optimizer_parts, 2);
-    write_temporary(model_path, model_parts, 2);
-    write_temporary(optimizer_path, optimizer_parts, 2);
-    commit_file(optimizer_path);
-    commit_file(model_path);
+    const File files[] = {{optimizer_path, optimizer_parts, 2}, {model_path, model_parts, 2}};
+    write_files(files, 2);
     free(model_path), free(optimizer_path), free(copy);
 }
 
@@ -1421,6 +1430,8 @@ static int checkpoint_build(Model *m, const char *folder) {
     if (config_error(c)) die(FAILED, "%s is damaged: %s", path, config_error(c));
     if (header[HEADER_STEP] < 0) die(FAILED, "%s is damaged: it says step %d", path, header[HEADER_STEP]);
     model_build(m, c);
+    struct stat info;
+    if (stat(path, &info) || (size_t)info.st_size != sizeof header + m->params.total * sizeof(float)) die(FAILED, "%s is damaged: its size is not that of its parameters", path);
     free(path);
     return header[HEADER_STEP];
 }
@@ -1535,6 +1546,8 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
         model_tokens(m, x, B, T);
         model_forward(m, o.loops);
         model_sample(m, token, confidence, candidates, n, o.temperature, o.seed, step, (uint64_t)first_row * T);
+        for (int r = 0; r < n; r++)
+            if (!isfinite(confidence[r])) die(FAILED, "--model: its probabilities are not finite: its training went wrong");
         if (o.order == ORDER_RANDOM)
             for (int r = 0; r < n; r++) x[candidates[r]] = token[r];
         else
@@ -1800,7 +1813,9 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     Progress p = {0, opt_batch * opt_accum, opt_seed, 0};
     char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin");
     make_folders(opt_out);
-    if (flock(open(opt_out, O_RDONLY), LOCK_EX | LOCK_NB)) die(FAILED, "--out: another training is writing into %s", opt_out); // until the end
+    int lock = open(opt_out, O_RDONLY); // until the end
+    if (lock < 0 || (flock(lock, LOCK_EX | LOCK_NB) && errno != EWOULDBLOCK)) die(FAILED, "--out: cannot open %s: %s", opt_out, strerror(errno));
+    if (flock(lock, LOCK_EX | LOCK_NB)) die(FAILED, "--out: another training is writing into %s", opt_out);
     if (!opt_resume) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
@@ -1831,6 +1846,7 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
 // The loss is not finite: says where, and what is left. saved is the step of the last checkpoint, or -1.
 static void stop_training(int step, double loss, double norm, int saved) {
     char checkpoint[64] = "there is no checkpoint yet";
+    if (saved < 0 && opt_resume) die(FAILED, "step %d: the loss is %g from the start: the model in %s went wrong before it was saved; begin anew", step, loss, opt_out);
     if (saved >= 0) snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", saved);
     die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step, loss, norm, checkpoint, opt_out);
 }
@@ -1874,12 +1890,13 @@ static void train(void) {
     print_memory(&m);
 
     double began = seconds(), shown = began, loss_sum = 0;
-    int begin = p.step, saved = opt_resume ? begin : -1, loss_count = 0;
+    int begin = p.step, saved = -1, loss_count = 0;
     while (p.step < opt_steps) {
         double step_began = seconds();
         Gradient g = train_gradient(&m, &data, dist, opt_seed, p.step, rows, opt_batch);
         if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
         AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip};
+        if (p.step == begin && opt_resume) saved = begin; // it has proved to be good
         model_update(&m, adamw, g.norm, ++p.step);
         p.flops += flops_per_token(c, T, g.S, g.masked / ((double)rows * T), 1) * rows * T;
         loss_sum += g.loss;

@@ -1055,7 +1055,7 @@ static size_t total_bytes(const Model *m) { return m->bytes[PARAMETERS] + m->byt
 static void no_memory(Model *m, int B, int T, int S, int training, int recompute, size_t available) { // says what would fit
     const double MiB = 1 << 20;
     double wanted = total_bytes(m) / MiB;
-    int fits = 0;
+    int fits = 0, passes = num_passes(m->config, S);
     for (int step = 1 << 20; step > 0; step /= 2) { // by bisection
         if (fits + step >= B) continue;
         model_plan(m, fits + step, T, S, training, recompute);
@@ -1063,8 +1063,8 @@ static void no_memory(Model *m, int B, int T, int S, int training, int recompute
     }
     char advice[64] = "choose a smaller model";
     if (fits) snprintf(advice, sizeof advice, "%d fit (--batch%s)", fits, training ? "" : ", or -n in sample");
-    die(FAILED, "%s %d rows takes %.0f MiB, and the GPU has %.0f MiB free: %s%s", training ? "training with" : "a forward of", B, wanted, available / MiB,
-        advice, training && !recompute ? "; --recompute takes less" : "");
+    die(FAILED, "%s %d rows takes %.1f MiB, and the GPU has %.1f MiB free: %s%s", training ? "training with" : "a forward of", B, wanted, available / MiB,
+        advice, training && !recompute && passes > 1 ? "; --recompute takes less" : "");
 }
 
 static void model_reserve(Model *m, int B, int T, int S, int training, int recompute) {
@@ -1080,6 +1080,7 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     model_plan(m, B, T, S, training, recompute);
     size_t available, all;
     cuda_check(cudaMemGetInfo(&available, &all), "the GPU's memory");
+    available -= available / 64 < 64 << 20 ? available / 64 : 64 << 20; // for rounding, and for kernels that are loaded when they are first called
     if (total_bytes(m) > available) no_memory(m, B, T, S, training, recompute, available);
     for (int i = 0; i < NUM_MEMORIES; i++) {
         if (m->bytes[i] == 0) continue;

@@ -195,7 +195,12 @@ __attribute__((format(printf, 2, 3), noreturn)) inline void die(int line, const 
     _exit(1);
 }
 
-inline long number(const char *name, long otherwise) { return getenv(name) ? atol(getenv(name)) : otherwise; }
+inline long number(const char *name, long otherwise) {
+    char *text = getenv(name), *end;
+    long value = text ? strtol(text, &end, 10) : otherwise;
+    if (text && (end == text || *end)) die(0, "%s=%s: a whole number is needed", name, text);
+    return value;
+}
 
 inline const struct Settings {
     std::string order = getenv("CUDA_ON_CPU_ORDER") ? getenv("CUDA_ON_CPU_ORDER") : "ascending";
@@ -348,12 +353,20 @@ inline void end_collective(Warp &w) {
 inline struct List {
     std::mutex mutex;
     std::set<std::pair<int, std::string>> barriers;
+    std::atomic<bool> skipped{false};
     ~List() {
+        if (settings.skip && !skipped) fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_SKIP=%d: no __syncthreads in that line was reached\n", settings.skip);
         FILE *f = settings.list ? fopen(settings.list, "a") : nullptr;
+        if (settings.list && !f) fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_LIST: cannot write %s\n", settings.list);
         for (auto &b : barriers) if (f) fprintf(f, "%d %s\n", b.first, b.second.c_str());
         if (f) fclose(f);
     }
 } list;
+
+inline bool skips(int line) {
+    if (line == settings.skip) list.skipped = true;
+    return line == settings.skip;
+}
 
 // All threads that have not exited wait at the barrier, or for the block to begin: makes their warps ready. Is there any?
 inline bool end_barrier() {
@@ -470,7 +483,7 @@ template <class T> T shuffle(const char *what, unsigned mask, T x, int source, i
 }
 
 inline int barrier(const char *what, bool yes, int line) { // returns how many threads said yes
-    if (line == settings.skip) return yes;
+    if (skips(line)) return yes;
     if (!core->barrier) {
         core->barrier = what, core->line = line, core->first = thread_number();
     } else if (core->line != line) {
@@ -540,7 +553,7 @@ namespace cuda { // __builtin_LINE() as a default argument is the line of the ca
 inline void __syncthreads(LINE) { barrier("__syncthreads", false, line); }
 inline int __syncthreads_count(int p, LINE) { return barrier("__syncthreads_count", p, line); }
 inline int __syncthreads_or(int p, LINE) { return barrier("__syncthreads_or", p, line) > 0; }
-inline int __syncthreads_and(int p, LINE) { return line == settings.skip ? p != 0 : barrier("__syncthreads_and", !p, line) == 0; }
+inline int __syncthreads_and(int p, LINE) { return skips(line) ? p != 0 : barrier("__syncthreads_and", !p, line) == 0; }
 inline void __syncwarp(unsigned mask = ~0u, LINE) { collective("__syncwarp", mask, line); }
 inline unsigned __ballot_sync(unsigned mask, int p, LINE) { return vote("__ballot_sync", mask, p, line); }
 inline int __any_sync(unsigned mask, int p, LINE) { return vote("__any_sync", mask, p, line) != 0; }

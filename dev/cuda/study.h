@@ -117,10 +117,10 @@ static inline void print_bytes(const char *shape, double bytes, double s) {
 
 // main of every study: the version asked for, or all
 static int run_versions(int argc, char **argv, int versions, void (*study)(int version)) {
-    int one = argc == 2 ? atoi(argv[1]) : 0;
+    int one = argc == 2 && strlen(argv[1]) == 1 ? atoi(argv[1]) : 0;
     if (argc > 2 || (argc == 2 && (one < 1 || one > versions))) die(USAGE, "give no argument, or a version from 1 to %d", versions);
     for (int v = 1; v <= versions; v++)
         if (one == 0 || v == one) study(v);
     printf("%d passed, %d failed\n", passed, failed);
-    return failed > 0;
+    return failed > 0 || fflush(stdout) || ferror(stdout);
 }
