@@ -49,6 +49,7 @@ AddressSanitizer does not see them. The local variables of a thread must fit in 
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <set>
