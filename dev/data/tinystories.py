@@ -77,25 +77,25 @@ def download(url, path):
     return path
 
 
-def byte_level(model):
-    """The tokenizer around a BPE model: GPT-2's pre-tokenization, nothing else done to the text."""
+def byte_level(model, first=()):
+    """The tokenizer around a BPE model: GPT-2's pre-tokenization, after any in `first`, nothing else done to the text."""
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def train_bpe(texts, vocab):
-    """Trains a byte-level BPE tokenizer of `vocab` tokens on an iterable of texts.
+def train_bpe(texts, vocab, special=(EOT,), first=()):
+    """Trains a byte-level BPE tokenizer of `vocab` tokens on an iterable of texts; `first` is done before GPT-2's pre-tokenization.
 
-    Ids are in the order of merging, as the C encoder needs: 256 bytes, then the merges as learned, then end-of-text.
+    Ids are in the order of merging, as the C encoder needs: 256 bytes, then the merges as learned, then the special tokens.
     Raises ValueError if the texts hold too few different pairs for that many tokens.
     """
-    tokenizer = byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    tokenizer = byte_level(models.BPE(), first)
+    trainer = trainers.BpeTrainer(vocab_size=vocab - len(special), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                                   max_token_length=255, show_progress=False)   # the length must fit in a byte
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([EOT])         # added last: the trainer would put it first
+    tokenizer.add_special_tokens(list(special)) # added last: the trainer would put them first
     if tokenizer.get_vocab_size() < vocab:
         raise ValueError(f"the text is enough for a vocabulary of {tokenizer.get_vocab_size()} only, not {vocab}")
     return tokenizer
@@ -128,8 +128,9 @@ def token_bytes(tokenizer):
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ids = {i: token for token, i in tokenizer.get_vocab().items()}
+    special = tokenizer.get_added_tokens_decoder()
     try:
-        return [EOT.encode() if ids[i] == EOT else bytes(byte_of[c] for c in ids[i]) for i in range(len(ids))]
+        return [ids[i].encode() if i in special else bytes(byte_of[c] for c in ids[i]) for i in range(len(ids))]
     except KeyError as e:
         raise ValueError(f"not a byte-level vocabulary: no {e}") from None
 
