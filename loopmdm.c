@@ -52,7 +52,6 @@ work is divided so that every sum is taken in the same order whoever computes it
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#include "dev/data/unicode.h" // which code points are letters, numbers, spaces: GPT-2's pre-tokenization asks
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -122,7 +121,7 @@ static int layer_of_pass(Config c, int S, int p) {
     return p - (S - 1) * n;                    // tail
 }
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay, clip; } AdamW; // the optimizer's settings
+typedef struct { double lr, beta1, beta2, eps, weight_decay, clip, ema; } AdamW; // the optimizer's settings; ema: what the average keeps
 
 // Why a configuration cannot be built, or NULL if it can.
 static const char *config_error(Config c) {
@@ -138,15 +137,16 @@ static const char *config_error(Config c) {
     return NULL;
 }
 
-// Exact floating point operations (a multiply-add is two) in the matrix products for one token, as this program does
-// them: per pass 24 C^2 in qkv, attproj, fc and fcproj and 4 T C in attention; 2 V C for a masked row in the LM head.
-// Backward needs two products where forward needs one; attention five where forward has two, as it computes the
-// scores again instead of storing them.
-static double flops_per_token(Config c, int T, int S, double masked_share, int training) {
-    double C = c.channels, V = c.vocab_size, P = num_passes(c, S);
-    double forward = P * (24 * C * C + 4 * T * C) + masked_share * 2 * V * C;
-    double backward = P * (48 * C * C + 10 * T * C) + masked_share * 4 * V * C;
-    return training ? forward + backward : forward;
+// Exact floating point operations (a multiply-add is two) in the matrix products, as this program does them. A forward of P passes for
+// one token: per pass 24 C^2 in qkv, attproj, fc and fcproj, and 4 T C in attention. The LM head for one masked token: 2 V C.
+static double pass_flops(Config c, int T, double P) { return P * (24.0 * c.channels * c.channels + 4.0 * T * c.channels); }
+static double head_flops(Config c) { return 2.0 * c.vocab_size * c.channels; }
+
+// Forward and backward for one token. Backward needs two products where forward needs one; attention five where forward has two, as it
+// computes the scores again instead of storing them. With recompute, backward repeats a pass's forward but for fcproj.
+static double training_flops(Config c, int T, int S, double masked_share, int recompute) {
+    double C = c.channels, P = num_passes(c, S);
+    return pass_flops(c, T, P) + P * (48 * C * C + 10 * T * C) + masked_share * 3 * head_flops(c) + recompute * P * (16 * C * C + 4 * T * C);
 }
 
 enum { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, NUM_TENSORS };
@@ -193,7 +193,7 @@ static float *layer_tensor(const Tensors *t, int id, int layer) { return t->tens
 
 // Random numbers are a hash of (seed, stream, step, index) and have no state. Every language, device and number of
 // threads draws the same ones, and a resumed run needs to know only its step.
-enum { STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN };
+enum { STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN, STREAM_REMASK, STREAM_LENGTH };
 
 HOST_DEVICE static inline uint64_t mix64(uint64_t x) { // the finalizer of SplitMix64 (Steele et al. 2014)
     x += 0x9e3779b97f4a7c15u;
@@ -232,13 +232,34 @@ static void init_parameters(float *params, Config c, uint64_t seed) { // params 
     }
 }
 
-// The noise level t in [eps, 1) of a row, one of a step's total_rows: stratified (Kingma et al. 2021), so that one step sees all
-// noise levels evenly.
-HOST_DEVICE static inline double noise_level(uint64_t seed, uint64_t step, int row, int total_rows) {
+// The noise of rows first_row, first_row + 1, .. of a step that has total_rows in all.
+enum { TIME_UNIFORM, TIME_BELL };
+typedef struct { uint64_t seed, step; int first_row, total_rows, time; } Noise;
+
+// The noise level t in [eps, 1) of row b of those. Levels are stratified (Kingma et al. 2021), so that one step sees all of them evenly:
+// u = frac(u0 + row/total_rows) goes through the inverse of their distribution function F. *density is F' there.
+//   uniform: F(w) = w.
+//   bell: F(w) = w/4 + 3/4 (3w^2 - 2w^3). Text teaches most where part of it is masked (arXiv 2605.13026); the uniform part keeps the
+//   weights 1/density, with which the loss stays an unbiased estimate of the same NELBO, at 4 or below.
+HOST_DEVICE static inline double noise_level(Noise n, int b, double *density) {
     const double eps = 1e-3;
-    double strat = random_uniform(seed, STREAM_TIME, step, 0) + (double)row / total_rows;
-    volatile double scaled = (1 - eps) * (strat - floor(strat)); // volatile: a fused multiply-add would round t differently
-    return eps + scaled;
+    double strat = random_uniform(n.seed, STREAM_TIME, n.step, 0) + (double)(n.first_row + b) / n.total_rows, u = strat - floor(strat), w = u;
+    volatile double part; // volatile: a fused multiply-add would round the sums below differently
+    *density = 1;
+    if (n.time == TIME_BELL) {
+        double low = 0, high = 1;
+        for (int i = 0; i < 53; i++) {
+            double mid = (low + high) / 2;
+            part = 0.75 * (mid * mid * (3 - 2 * mid));
+            if (0.25 * mid + part <= u) low = mid;
+            else high = mid;
+        }
+        w = low;
+        part = 4.5 * (w * (1 - w));
+        *density = 0.25 + part;
+    }
+    part = (1 - eps) * w;
+    return eps + part;
 }
 
 // Whether a token, number i of all rows of the step, becomes MASK: with probability t (the linear schedule alpha_t = 1-t).
@@ -253,11 +274,37 @@ static int draw_loops(Config c, int dist, uint64_t seed, uint64_t step) {
     if (dist == LOOPS_FIXED) return c.max_loops;
     double total = 0, sum = 0, p[1024]; // config_error() limits S_max to 1024
     for (int S = 1; S <= c.max_loops; S++)
-        total += p[S - 1] = dist == LOOPS_FLOPS ? 1 / flops_per_token(c, c.max_seq_len, S, 0.5, 1) : 1;
+        total += p[S - 1] = dist == LOOPS_FLOPS ? 1 / training_flops(c, c.max_seq_len, S, 0.5, 0) : 1;
     double u = random_uniform(seed, STREAM_LOOPS, step, 0) * total;
     for (int S = 1; S < c.max_loops; S++)
         if (u < (sum += p[S - 1])) return S;
     return c.max_loops;
+}
+
+// The length of a training step's rows: T, or for a small share of the steps any from 1 to T (LLaDA: 1 %), for a model that has seen rows
+// of T alone takes the end of a shorter text for its middle.
+static int draw_length(int T, double share, uint64_t seed, uint64_t step) {
+    if (random_uniform(seed, STREAM_LENGTH, step, 0) >= share) return T;
+    return 1 + (int)(random_bits(seed, STREAM_LENGTH, step, 1) % T);
+}
+
+// How the sampler (section 8; here because a GPU draws too) takes a token from softmax(logits / temperature), and the score by which it
+// compares positions.
+enum { SCORE_PROBABILITY, SCORE_MARGIN, SCORE_ENTROPY };
+
+typedef struct {
+    double temperature; // 0: always the likeliest
+    int top_k;          // only from so many likeliest, more if equal (0: all)
+    double top_p;       // only from the fewest likeliest that together have this probability (1: all)
+    int score;          // of the token drawn: its probability; of the position: that of the likeliest less that of the next; - entropy
+    uint64_t seed;
+} Draw;
+
+// An integer that orders as floats do: to look for a threshold by bisection.
+HOST_DEVICE static inline uint32_t float_order(float x) {
+    union { float f; uint32_t u; } bits;
+    bits.f = x;
+    return bits.u ^ (bits.u >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
 #endif
@@ -297,8 +344,8 @@ enum { VECTOR = 4, MR = 6 };
 enum { NR = 2 * VECTOR, KC = 384, MC = 48, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-// Memory that each thread keeps for as long as it lives, by use: the packed operands, and attention's tiles.
-enum { SCRATCH_A, SCRATCH_B, SCRATCH_ATTN, NUM_SCRATCH };
+// Memory that each thread keeps for as long as it lives, by use: the packed operands, attention's tiles, the weights of tokens.
+enum { SCRATCH_A, SCRATCH_B, SCRATCH_ATTN, SCRATCH_SAMPLE, NUM_SCRATCH };
 
 static float *scratch(int use, size_t count) {
     static __thread float *memory[NUM_SCRATCH];
@@ -359,6 +406,9 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
 // c (M,N), rows ldc apart, = or += a b + bias; element (i,p) of a is a[i*a_row + p*a_col], likewise b; bias may be NULL
 static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
                  float *c, size_t ldc, const float *bias, int accumulate) {
+#ifdef GEMM_CALLED // the test counts operations
+    GEMM_CALLED(M, N, K);
+#endif
     int a_panels = (M + MR - 1) / MR, tile = min_int(MC, (a_panels + 7) / 8 * MR); // at least 8 tiles to share, where there are rows
     int in_place = a_col == 1 && N <= 512 ? M / MR : 0; // panels of A read where they are: packing pays if many columns use them
     float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
@@ -414,16 +464,18 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
 
 // ---- noise ----
 
-// targets (B,T) -> x (B,T) with MASK (id V), weights (B,T): 1/(t total_rows T) where masked, else 0; for rows first_row .. first_row + B-1
-// of a step of total_rows. The weights make sum(weights * cross entropy) the NELBO in nats per token of the whole step (MDLM, LLaDA).
-static void noise_forward(int *x, float *weights, const int *targets, int V, uint64_t seed, uint64_t step, int first_row, int total_rows, int B, int T) {
+// targets (B,T) -> x (B,T) with MASK (id V), weights (B,T) for B rows of a step. The first given (B) tokens of a row are context and never
+// masked. weights: 1/(t density total_rows (T - given)) where masked, else 0: they make sum(weights * cross entropy) the NELBO of the whole
+// step, in nats per token that is not given (MDLM, LLaDA).
+static void noise_forward(int *x, float *weights, const int *targets, const int *given, int V, Noise n, int B, int T) {
     OMP(omp parallel for if (WORTH((size_t)B * T * 8)))
     for (int b = 0; b < B; b++) {
-        double t = noise_level(seed, step, first_row + b, total_rows);
+        double density, t = noise_level(n, b, &density);
+        float weight = (float)(1 / (t * density * n.total_rows * (T - given[b])));
         for (int i = b * T; i < (b + 1) * T; i++) {
-            int masked = becomes_mask(seed, step, (uint64_t)first_row * T + i, t);
+            int masked = i - b * T >= given[b] && becomes_mask(n.seed, n.step, (uint64_t)n.first_row * T + i, t);
             x[i] = masked ? V : targets[i];
-            weights[i] = masked ? (float)(1 / (t * total_rows * T)) : 0;
+            weights[i] = masked ? weight : 0;
         }
     }
 }
@@ -699,33 +751,82 @@ static void crossentropy_backward(float *probs, const float *weights, const int 
 
 // ---- sampling ----
 
-// One token from softmax(logits / temperature), logits (V), by a uniform u; temperature 0 takes the likeliest. Inverts the
-// cumulative distribution in double: Gumbel noise in float32, the usual way, is known to lower the effective temperature of
-// masked diffusion (Zheng et al. 2024). *confidence is the token's probability under softmax(logits).
-static int sample_token(const float *logits, int V, double temperature, double u, double *confidence) {
-    int best = 0, chosen;
-    double sum = 0, total = 0;
+// Top-k and top-p without sorting, as a GPU can do it too, bit by bit: the largest threshold, in float_order(), so that the weights w (V) of the logits (V) at or above it add up to least or more.
+static uint32_t threshold_of(const float *logits, const double *w, int V, double least) {
+    uint32_t threshold = 0;
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        double sum = 0;
+        for (int v = 0; v < V; v++) sum += float_order(logits[v]) >= (threshold | bit) ? w[v] : 0;
+        if (sum >= least) threshold |= bit;
+    }
+    return threshold;
+}
+
+// One token from logits (V) by a uniform u, and its score; w (V) is a buffer. Inverts the cumulative distribution in double: Gumbel noise
+// in float32, the usual way, is known to lower the effective temperature of masked diffusion (Zheng et al. 2024).
+static int sample_token(const float *logits, int V, Draw d, double u, double *score, double *w) {
+    int best = 0, chosen, next = -1;
+    double sum = 0, total = 0, entropy = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
-    for (int v = 0; v < V; v++) sum += exp((double)logits[v] - logits[best]);
-    chosen = best;
-    if (temperature > 0) {
-        for (int v = 0; v < V; v++) total += exp(((double)logits[v] - logits[best]) / temperature);
-        double left = u * total;
-        for (chosen = 0; chosen < V - 1; chosen++)
-            if ((left -= exp(((double)logits[chosen] - logits[best]) / temperature)) < 0) break;
+    for (int v = 0; v < V; v++) {
+        double e = exp((double)logits[v] - logits[best]);
+        sum += e;
+        entropy -= e * ((double)logits[v] - logits[best]);
+        if (v != best && (next < 0 || logits[v] > logits[next])) next = v;
     }
-    *confidence = exp((double)logits[chosen] - logits[best]) / sum;
+    chosen = best;
+    if (d.temperature > 0) {
+        for (int v = 0; v < V; v++) w[v] = 1;
+        uint32_t least = d.top_k > 0 && d.top_k < V ? threshold_of(logits, w, V, d.top_k) : 0;
+        for (int v = 0; v < V; v++) total += w[v] = float_order(logits[v]) >= least ? exp(((double)logits[v] - logits[best]) / d.temperature) : 0;
+        if (d.top_p < 1) {
+            least = threshold_of(logits, w, V, d.top_p * total);
+            total = 0;
+            for (int v = 0; v < V; v++) total += w[v] = float_order(logits[v]) >= least ? w[v] : 0;
+        }
+        double left = u * total;
+        for (int v = 0; v < V && left >= 0; v++)
+            if (w[v] > 0) chosen = v, left -= w[v];
+    }
+    if (d.score == SCORE_PROBABILITY) *score = exp((double)logits[chosen] - logits[best]) / sum;
+    if (d.score == SCORE_MARGIN) *score = (1 - (next < 0 ? 0 : exp((double)logits[next] - logits[best]))) / sum;
+    if (d.score == SCORE_ENTROPY) *score = -(log(sum) + entropy / sum);
     return chosen;
 }
 
-// logits (R,V) -> token (R), confidence (R): see sample_token(). Position rows[r] draws its own random number, index first + rows[r].
-static void sample_forward(int *token, double *confidence, const float *logits, const int *rows, int R, int V, double temperature,
-                           uint64_t seed, uint64_t step, uint64_t first) {
+// logits (R,V) -> token (R), score (R): see sample_token(). rows (R) are positions of (B,T); row b of these is row ids[b] of all that are
+// sampled, and each position of those draws its own random number.
+static void sample_forward(int *token, double *score, const float *logits, const int *rows, const int *ids, int R, int T, int V, Draw d, uint64_t step) {
     OMP(omp parallel for if (WORTH((size_t)R * V)))
-    for (int r = 0; r < R; r++)
-        token[r] = sample_token(logits + (size_t)r * V, V, temperature, random_uniform(seed, STREAM_TOKEN, step, first + rows[r]), &confidence[r]);
+    for (int r = 0; r < R; r++) {
+        double u = random_uniform(d.seed, STREAM_TOKEN, step, (uint64_t)ids[rows[r] / T] * T + rows[r] % T);
+        token[r] = sample_token(logits + (size_t)r * V, V, d, u, &score[r], (double *)scratch(SCRATCH_SAMPLE, 2 * (size_t)V));
+    }
 }
+
+// ---- adaptive loops ----
+
+// How far a loop moved the residual stream h (B,T,C) from what it was before: change (B) is |h - before| / |h|, a norm over channels,
+// averaged over a row's positions. With before2, the state another loop earlier, the second difference: |h - 2 before + before2| / |h|.
+static void state_change(double *change, const float *h, const float *before, const float *before2, int B, int T, int C) {
+    OMP(omp parallel for if (WORTH((size_t)B * T * C)))
+    for (int b = 0; b < B; b++) {
+        double mean = 0;
+        for (size_t at = (size_t)b * T * C, end = at + (size_t)T * C; at < end; at += C) {
+            double norm = 0, moved = 0;
+            for (int c = 0; c < C; c++) {
+                double d = before2 ? (double)h[at + c] - 2.0 * before[at + c] + before2[at + c] : (double)h[at + c] - before[at + c];
+                norm += (double)h[at + c] * h[at + c];
+                moved += d * d;
+            }
+            mean += sqrt(moved / norm) / T;
+        }
+        change[b] = mean;
+    }
+}
+
+static void copy_floats(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof(float)); } // from a model's memory to itself
 
 // =====================================================================================================================
 // 4. Model
@@ -737,6 +838,8 @@ enum { PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, NUM_MEMORIES }; // a model
 typedef struct {
     Config config;
     Tensors params, grads, moment1, moment2; // the last three in training only
+    Tensors ema;                             // a running average of the parameters
+    int keeps_ema;                           // to be set before memory is reserved
     int training, recompute, max_B, max_T, max_S; // what the activations have room for
     int head_rows;                           // rows that go through the LM head at a time
     void *memory[NUM_MEMORIES];
@@ -749,6 +852,7 @@ typedef struct {
     float *head_inp, *lnf, *lnf_mean, *lnf_rstd, *logits; // of head_rows rows: (,C), (,C), (), (), (,V)
     float *losses;                           // (R) cross entropies, in the order of rows
     float *dres, *dln, *datty, *dwide;       // gradients: (B,T,C) of the residual stream, (B,T,C), (B,T,C), (B,T,4C)
+    float *before, *before2, *settled;       // inference: (B,T,C) the state a loop earlier, two earlier, and of rows that have stopped
     int *x, *targets, *rows;                 // (B,T) tokens of the next forward; what they were before the noise; (R) positions of the masked ones
     float *weights;                          // (B,T) of the loss
     double *row_loss;                        // (B) each row's part of the last loss
@@ -783,12 +887,13 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     if (R > BT) R = BT;
     m->training = training, m->recompute = recompute, m->max_B = B, m->max_T = T, m->max_S = S, m->head_rows = (int)R;
     m->pass_size = activation_sizes(c, B, T, m->act_size);
-    size_t half = (size_t)T * (C / c.heads / 2), grad = training ? BT * C : 0;
+    size_t half = (size_t)T * (C / c.heads / 2), grad = training ? BT * C : 0, kept = training ? 0 : BT * C;
     const struct { void *to; size_t bytes; } plan[] = {
         {&m->row_loss, B * sizeof(double)}, {&m->x, 4 * BT}, {&m->targets, 4 * BT}, {&m->rows, 4 * BT}, {&m->weights, 4 * BT},
         {&m->states, 4 * BT * C * (training ? P + 1 : 1)}, {&m->acts, 4 * m->pass_size * (training && !recompute ? P : 1)}, {&m->proj, 4 * BT * C},
         {&m->cosine, 4 * half}, {&m->sine, 4 * half}, {&m->head_inp, 4 * R * C}, {&m->lnf, 4 * R * C}, {&m->lnf_mean, 4 * R}, {&m->lnf_rstd, 4 * R},
         {&m->logits, 4 * R * V}, {&m->losses, 4 * BT}, {&m->dres, 4 * grad}, {&m->dln, 4 * grad}, {&m->datty, 4 * grad}, {&m->dwide, 16 * grad},
+        {&m->before, 4 * kept}, {&m->before2, 4 * kept}, {&m->settled, 4 * kept},
     };
     char *at = (char *)m->memory[ACTIVATIONS];
     m->bytes[ACTIVATIONS] = 0;
@@ -797,11 +902,12 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
         m->bytes[ACTIVATIONS] += plan[i].bytes;
     }
     size_t total = m->params.total * sizeof(float);
-    m->bytes[PARAMETERS] = total, m->bytes[GRADIENTS] = training ? total : 0, m->bytes[OPTIMIZER] = training ? 2 * total : 0;
+    m->bytes[PARAMETERS] = total, m->bytes[GRADIENTS] = training ? total : 0, m->bytes[OPTIMIZER] = training ? (2 + m->keeps_ema) * total : 0;
     tensors_build(&m->params, c, (float *)m->memory[PARAMETERS]);
     tensors_build(&m->grads, c, (float *)m->memory[GRADIENTS]);
     tensors_build(&m->moment1, c, (float *)m->memory[OPTIMIZER]);
     tensors_build(&m->moment2, c, training && m->memory[OPTIMIZER] ? m->moment1.data + m->params.total : NULL);
+    tensors_build(&m->ema, c, training && m->keeps_ema && m->memory[OPTIMIZER] ? m->moment2.data + m->params.total : NULL);
 }
 
 static void model_reserve(Model *m, int B, int T, int S, int training, int recompute) {
@@ -824,7 +930,8 @@ static void model_free(Model *m) {
 }
 
 // The rest of the program reads and writes tensors (total) through these, wherever a model's memory is.
-static void tensors_read(float *to, const Tensors *from) { memcpy(to, from->data, from->total * sizeof(float)); }
+static void read_memory(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof(float)); }
+static void tensors_read(float *to, const Tensors *from) { read_memory(to, from->data, from->total); }
 static void tensors_write(Tensors *to, const float *from) { memcpy(to->data, from, to->total * sizeof(float)); }
 static void model_set_parameters(Model *m, const float *from) { tensors_write(&m->params, from); }
 
@@ -851,10 +958,10 @@ static void model_tokens(Model *m, const int *x, int B, int T) {
 }
 
 // The next forward is of targets (B,T) with noise; see noise_forward(). Returns the number of masked tokens.
-static int model_noise(Model *m, const int *targets, int B, int T, uint64_t seed, uint64_t step, int first_row, int total_rows) {
+static int model_noise(Model *m, const int *targets, const int *given, Noise n, int B, int T) {
     model_tokens(m, targets, B, T);
     memcpy(m->targets, targets, (size_t)B * T * sizeof(int));
-    noise_forward(m->x, m->weights, m->targets, m->config.vocab_size, seed, step, first_row, total_rows, B, T);
+    noise_forward(m->x, m->weights, m->targets, given, m->config.vocab_size, n, B, T);
     return m->R = masked_rows(m->rows, m->weights, B * T);
 }
 
@@ -876,13 +983,17 @@ static void pass_forward(Model *m, int p) {
     gelu_forward(a[FCH_GELU], a[FCH], (size_t)BT * 4 * C);
 }
 
-// m->x (B,T) -> the residual stream after the last pass (B,T,C), which is pass_input() of the pass after it
-static void model_forward(Model *m, int S) {
-    int C = m->config.channels, BT = m->B * m->T;
+// Begins a forward of S loops: m->x (B,T) -> the embedding (B,T,C), pass_input() of pass 0.
+static void model_embed(Model *m, int S) {
     if (m->training && S > m->max_S) die(FAILED, "a forward of %d loops is more than was reserved", S);
     m->S = S;
-    encoder_forward(m->states, m->x, m->params.tensor[WTE], m->params.tensor[WPE], m->B, m->T, C);
-    for (int p = 0; p < num_passes(m->config, S); p++) {
+    encoder_forward(m->states, m->x, m->params.tensor[WTE], m->params.tensor[WPE], m->B, m->T, m->config.channels);
+}
+
+// Goes on with passes begin .. end-1: their result (B,T,C) is pass_input() of pass end.
+static void model_passes(Model *m, int begin, int end) {
+    int C = m->config.channels, BT = m->B * m->T;
+    for (int p = begin; p < end; p++) {
         float *a[NUM_ACTS], *w[NUM_TENSORS];
         pass_forward(m, p);
         pass_acts(m, p, a);
@@ -890,6 +1001,11 @@ static void model_forward(Model *m, int S) {
         matmul_forward(m->proj, a[FCH_GELU], w[FCPROJW], w[FCPROJB], BT, 4 * C, C);
         residual_forward(pass_input(m, p + 1), a[RES2], m->proj, (size_t)BT * C);
     }
+}
+
+static void model_forward(Model *m, int S) {
+    model_embed(m, S);
+    model_passes(m, 0, num_passes(m->config, S));
 }
 
 // From m->dres, the gradient of what model_forward computed, to the gradients of all parameters.
@@ -956,12 +1072,25 @@ static double model_loss(Model *m, int backward) {
     return loss;
 }
 
-// A token for each of rows (n) of the last forward: token (n), confidence (n); see sample_forward()
-static void model_sample(Model *m, int *token, double *confidence, const int *rows, int n, double temperature, uint64_t seed, uint64_t step, uint64_t first) {
+// How far the last loop moved each row, change (B): see state_change(). m->before, and for the second difference m->before2, are as they were.
+static void model_change(const Model *m, double *change, int second) {
+    state_change(change, m->states, m->before, second ? m->before2 : NULL, m->B, m->T, m->config.channels);
+}
+
+// What the last pass, p, attended with: qkv (B,T,3C), after rotary positions, and lse (B,NH,T)
+static void model_attention(const Model *m, int p, float *qkv, float *lse) {
+    float *a[NUM_ACTS];
+    pass_acts(m, p, a);
+    read_memory(qkv, a[QKV], (size_t)3 * m->B * m->T * m->config.channels);
+    read_memory(lse, a[LSE], (size_t)m->B * m->T * m->config.heads);
+}
+
+// A token for each of rows (n) of the last forward: token (n), score (n); see sample_forward()
+static void model_sample(Model *m, int *token, double *score, const int *rows, int n, const int *ids, Draw d, uint64_t step) {
     for (int r0 = 0; r0 < n; r0 += m->head_rows) {
         int R = min_int(m->head_rows, n - r0);
         head_forward(m, rows + r0, R);
-        sample_forward(token + r0, confidence + r0, m->logits, rows + r0, R, m->config.vocab_size, temperature, seed, step, first);
+        sample_forward(token + r0, score + r0, m->logits, rows + r0, ids, R, m->T, m->config.vocab_size, d, step);
     }
 }
 
@@ -993,7 +1122,7 @@ static double gradient_norm(const Model *m) {
 static void model_update(Model *m, AdamW o, double norm, int step) {
     Shape s[NUM_TENSORS];
     tensor_shapes(m->config, s);
-    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), b1 = (float)o.beta1, b2 = (float)o.beta2, eps = (float)o.eps;
+    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), b1 = (float)o.beta1, b2 = (float)o.beta2, eps = (float)o.eps, ema = (float)o.ema;
     float step_size = (float)(o.lr / (1 - pow(o.beta1, step))), correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
@@ -1006,6 +1135,8 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
             p[i] = keep * p[i] - step_size * m1[i] / (sqrtf(m2[i]) * correct + eps);
             grad[i] = 0;
         }
+        OMP(omp parallel for simd if (parallel : WORTH(m->params.size[t])))
+        for (size_t i = 0; i < (m->keeps_ema ? m->params.size[t] : 0); i++) m->ema.tensor[t][i] = ema * m->ema.tensor[t][i] + (1 - ema) * p[i];
     }
 }
 
@@ -1019,7 +1150,13 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
 enum { HEADER_INTS = 256, SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, MODEL_MAGIC = 20260525, OPTIMIZER_MAGIC = 20260526 };
 
 typedef struct { const uint16_t *tokens; int64_t count; } Shard;
-typedef struct { Shard *shards; int num_shards; int64_t total; } Data;
+typedef struct {
+    Shard *shards;
+    int num_shards;
+    int64_t total;
+    int stride;    // training rows begin at its multiples: 1, anywhere; or T, where each row is a thing of its own, such as a board
+    int separator; // the token that ends a row's context, -1 for none
+} Data;
 
 // Maps a whole file into memory for reading; dies if it is missing, or shorter than a header with this magic number.
 static const unsigned char *map_file(const char *path, uint32_t magic, const char *kind, size_t *size) {
@@ -1052,11 +1189,38 @@ static void data_row(const Data *d, int *tokens, int64_t index, int T, int strid
     for (int t = 0; t < T; t++) tokens[t] = s->tokens[index * stride + t];
 }
 
-// Rows first_row .. first_row + B-1 of a training step: targets (B,T), each beginning anywhere
-static void data_batch(const Data *d, int *targets, uint64_t seed, uint64_t step, int first_row, int B, int T) {
-    uint64_t rows = (uint64_t)data_rows(d, T, 1);
-    for (int b = 0; b < B; b++)
-        data_row(d, targets + (size_t)b * T, (int64_t)(random_bits(seed, STREAM_BATCH, step, first_row + b) % rows), T, 1);
+// How many tokens at the beginning of a row (T) are context, which is never masked: up to the first separator after the row's first
+// token. 0 where there is no separator.
+static int data_given(const Data *d, const int *tokens, int T) {
+    for (int t = 1; d->separator >= 0 && t < T; t++)
+        if (tokens[t] == d->separator) return t + 1;
+    return 0;
+}
+
+// Rows first_row .. first_row + B-1 of a training step: targets (B,T), given (B). The rows are the beginnings of rows of T_data tokens.
+static void data_batch(const Data *d, int *targets, int *given, uint64_t seed, uint64_t step, int first_row, int B, int T, int T_data) {
+    uint64_t rows = (uint64_t)data_rows(d, T_data, d->stride);
+    for (int b = 0; b < B; b++) {
+        int64_t index = (int64_t)(random_bits(seed, STREAM_BATCH, step, first_row + b) % rows);
+        const Shard *s = d->shards;
+        for (; index >= shard_rows(*s, T_data, d->stride); s++) index -= shard_rows(*s, T_data, d->stride);
+        for (int t = 0; t < T; t++) targets[b * T + t] = s->tokens[index * d->stride + t];
+        given[b] = data_given(d, targets + b * T, T);
+    }
+}
+
+// Makes a shard's rows of T tokens things of their own, of which what comes after the separator (-1: none) is to be learned.
+static void data_fix_rows(Data *d, const char *pattern, int T, int separator) {
+    int *row = (int *)allocate(T, sizeof(int), "a row");
+    d->stride = T, d->separator = separator;
+    for (int i = 0; i < d->num_shards; i++)
+        if (d->shards[i].count % T) die(FAILED, "%s: %lld tokens are not rows of %d, the model's --seq-len", pattern, (long long)d->shards[i].count, T);
+    for (int64_t r = 0; separator >= 0 && r < data_rows(d, T, T); r++) {
+        data_row(d, row, r, T, T);
+        int given = data_given(d, row, T);
+        if (given == 0 || given == T) die(FAILED, "%s: row %lld has %s --answers-after's token", pattern, (long long)r, given ? "nothing after" : "no");
+    }
+    free(row);
 }
 
 // All shards whose names match a pattern (or the one file it names), in alphabetical order, for rows of T tokens. Every
@@ -1064,7 +1228,7 @@ static void data_batch(const Data *d, int *targets, uint64_t seed, uint64_t step
 static Data data_open(const char *pattern, int vocab_size, int T) {
     glob_t g;
     if (glob(pattern, 0, NULL, &g)) die(FAILED, "no data: no file matches %s", pattern);
-    Data d = {(Shard *)allocate(g.gl_pathc, sizeof(Shard), "shards"), (int)g.gl_pathc, 0};
+    Data d = {(Shard *)allocate(g.gl_pathc, sizeof(Shard), "shards"), (int)g.gl_pathc, 0, 1, -1};
     for (int i = 0; i < d.num_shards; i++) {
         size_t size;
         const char *path = g.gl_pathv[i];
@@ -1087,187 +1251,16 @@ static Data data_open(const char *pattern, int vocab_size, int T) {
     return d;
 }
 
-// ---- tokenizer: GPT-2's byte-level BPE, from llm.c's tokenizer.bin ----
-//
-// uint32[256] header (magic, version, vocabulary size, id of the end-of-text token), then for each token a byte with its length and
-// its bytes. There is no merge table: ids are in the order in which merges were learned, so the pair to merge next is the one
-// whose union is the token of lowest id.
+// ---- tokenizer: GPT-2's byte-level BPE. Any text can be encoded, and decoded again ----
 
-typedef struct {
-    const unsigned char *file;   // as it is on disk, mapped
-    size_t file_size;
-    int vocab_size, eot;
-    const unsigned char **bytes; // (V) each token's bytes,
-    int *length;                 // (V) and how many
-    int *table, table_size;      // hash table from bytes to id, -1 where empty; a power of two
-    int longest, byte_id[256];   // -1: this byte has no token
-} Tokenizer;
-
-static uint32_t hash_bytes(const unsigned char *s, int n) { // FNV-1a
-    uint32_t h = 2166136261u;
-    for (int i = 0; i < n; i++) h = (h ^ s[i]) * 16777619u;
-    return h;
-}
-
-// The token with these bytes, or -1
-static int tokenizer_find(const Tokenizer *t, const unsigned char *s, int n) {
-    if (n > t->longest) return -1;
-    for (uint32_t i = hash_bytes(s, n);; i++) {
-        int id = t->table[i & (t->table_size - 1)];
-        if (id < 0 || (t->length[id] == n && !memcmp(t->bytes[id], s, n))) return id;
-    }
-}
-
-static Tokenizer tokenizer_open(const char *path) {
-    size_t size, at = HEADER_INTS * 4;
-    const unsigned char *file = map_file(path, TOKENIZER_MAGIC, "tokenizer", &size);
-    const uint32_t *header = (const uint32_t *)file;
-    Tokenizer t;
-    memset(&t, 0, sizeof t);
-    t.file = file, t.file_size = size;
-    if (header[1] < 1 || header[1] > 2) die(FAILED, "%s is a tokenizer of version %u; this program reads 1 and 2", path, header[1]);
-    if (header[2] < 1 || header[2] > 65535) die(FAILED, "%s is damaged: a vocabulary of %u tokens", path, header[2]);
-    t.vocab_size = (int)header[2];
-    t.eot = header[1] == 1 ? 50256 : (int)header[3]; // version 1 is always GPT-2's
-    if (t.eot < 0 || t.eot >= t.vocab_size) die(FAILED, "%s is damaged: its end-of-text token %d is not in its vocabulary", path, t.eot);
-    for (t.table_size = 4; t.table_size < 4 * t.vocab_size; t.table_size *= 2) {}
-    t.bytes = (const unsigned char **)allocate(t.vocab_size, sizeof *t.bytes, "the tokenizer");
-    t.length = (int *)allocate(t.vocab_size, sizeof *t.length, "the tokenizer");
-    t.table = (int *)allocate(t.table_size, sizeof *t.table, "the tokenizer");
-    for (int i = 0; i < t.table_size; i++) t.table[i] = -1;
-    for (int id = 0; id < t.vocab_size; id++) {
-        if (at >= size || at + 1 + file[at] > size) die(FAILED, "%s is damaged: it ends at token %d of %d", path, id, t.vocab_size);
-        t.length[id] = file[at];
-        t.bytes[id] = file + at + 1;
-        at += 1 + file[at];
-        t.longest = max_int(t.longest, t.length[id]);
-        if (id == t.eot || tokenizer_find(&t, t.bytes[id], t.length[id]) >= 0) continue; // text never merges into end-of-text
-        uint32_t i = hash_bytes(t.bytes[id], t.length[id]) & (t.table_size - 1);
-        while (t.table[i] >= 0) i = (i + 1) & (t.table_size - 1);
-        t.table[i] = id;
-    }
-    if (at != size) die(FAILED, "%s is damaged: %zu bytes follow its last token", path, size - at);
-    for (int b = 0; b < 256; b++) {
-        unsigned char byte = (unsigned char)b;
-        t.byte_id[b] = tokenizer_find(&t, &byte, 1);
-    }
-    return t;
-}
-
-enum { LETTER, NUMBER, SPACE, OTHER };
-
-static int in_ranges(uint32_t c, const uint32_t (*range)[2], int n) {
-    int low = 0;
-    while (n > 0) { // binary search for the range that may hold c
-        if (range[low + n / 2][1] < c) low += n / 2 + 1, n -= n / 2 + 1;
-        else if (range[low + n / 2][0] > c) n /= 2;
-        else return 1;
-    }
-    return 0;
-}
-
-// The class of the character at s (of n > 0 bytes) and its length; a byte that is no valid UTF-8 is a character of its own.
-static int character_class(const unsigned char *s, int n, int *length) {
-    uint32_t c = s[0];
-    *length = 1;
-    if (c >= 0x80) {
-        int extra = c >= 0xf0 && c < 0xf5 ? 3 : c >= 0xe0 && c < 0xf0 ? 2 : c >= 0xc2 && c < 0xe0 ? 1 : 0;
-        if (!extra || extra >= n) return OTHER;
-        c &= 0x3f >> extra;
-        for (int i = 1; i <= extra; i++) {
-            if ((s[i] & 0xc0) != 0x80) return OTHER;
-            c = c << 6 | (s[i] & 0x3f);
-        }
-        if ((extra == 2 && (c < 0x800 || (c >= 0xd800 && c < 0xe000))) || (extra == 3 && (c < 0x10000 || c > 0x10ffff))) return OTHER;
-        *length = extra + 1;
-    }
-#define IN(ranges) in_ranges(c, ranges, (int)(sizeof(ranges) / sizeof(ranges[0])))
-    return IN(unicode_letters) ? LETTER : IN(unicode_numbers) ? NUMBER : IN(unicode_spaces) ? SPACE : OTHER;
-#undef IN
-}
-
-// Length in bytes of the first piece of text s, n > 0. No token reaches across pieces. GPT-2's pattern, first match wins:
-//   's|'t|'re|'ve|'m|'ll|'d | ?letters | ?numbers | ?others | spaces before another space or the end | spaces
-static int piece_length(const unsigned char *s, int n) {
-    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (int i = 0; i < 7; i++) {
-        int k = (int)strlen(contractions[i]);
-        if (k <= n && !memcmp(s, contractions[i], k)) return k;
-    }
-    int length, at = s[0] == ' ' && n > 1 ? 1 : 0, kind = character_class(s + at, n - at, &length);
-    if (kind != SPACE) {
-        while ((at += length) < n && character_class(s + at, n - at, &length) == kind) {}
-        return at;
-    }
-    int last = 0;
-    for (at = 0; at < n && character_class(s + at, n - at, &length) == SPACE; at += length) last = at;
-    return at == n || last == 0 ? at : last; // the last space belongs to the word after it
-}
-
-// Encodes one piece s of n bytes by merging from single bytes upwards: ids (n at most) -> their count
-static int encode_piece(const Tokenizer *t, int *ids, const unsigned char *s, int n, const char *source) {
-    int *start = (int *)allocate(2 * (size_t)n + 2, sizeof(int), "encoding"), *pair = start + n + 1, count = n;
-    for (int i = 0; i <= n; i++) start[i] = i;
-    for (int i = 0; i < n; i++) {
-        if (t->byte_id[s[i]] < 0) die(FAILED, "%s: the tokenizer has no token for the byte 0x%02x", source, s[i]);
-        pair[i] = i + 1 < n ? tokenizer_find(t, s + i, 2) : -1; // the union of parts i and i+1
-    }
-    for (;;) {
-        int lowest = INT_MAX, kept = 0;
-        for (int i = 0; i < count; i++)
-            if (pair[i] >= 0 && pair[i] < lowest) lowest = pair[i];
-        if (lowest == INT_MAX) break;
-        for (int i = 0; i < count; kept++) { // merge it everywhere, from left to right; -2: to be looked up again
-            start[kept] = start[i];
-            int merge = pair[i] == lowest;
-            pair[kept] = merge ? -2 : pair[i];
-            if (merge && kept) pair[kept - 1] = -2;
-            i += merge ? 2 : 1;
-        }
-        start[kept] = n;
-        count = kept;
-        for (int i = 0; i < count; i++)
-            if (pair[i] == -2) pair[i] = i + 1 < count ? tokenizer_find(t, s + start[i], start[i + 2] - start[i]) : -1;
-    }
-    for (int i = 0; i < count; i++) {
-        int length = start[i + 1] - start[i];
-        ids[i] = length == 1 ? t->byte_id[s[start[i]]] : tokenizer_find(t, s + start[i], length);
-    }
-    free(start);
-    return count;
-}
-
-// Where the end-of-text token's own text next stands in s, from begin on; n if nowhere.
-static size_t find_eot(const Tokenizer *t, const char *s, size_t begin, size_t n) {
-    size_t length = t->length[t->eot];
-    for (; length && begin + length <= n; begin++)
-        if (s[begin] == (char)t->bytes[t->eot][0] && !memcmp(s + begin, t->bytes[t->eot], length)) return begin;
-    return n;
-}
-
-// Text of n bytes (any bytes, less than 2 GiB) -> ids (n at most), and their count. The end-of-text token's own text stands for itself.
-// source names the text in the error message about a byte without a token.
-static size_t tokenizer_encode(const Tokenizer *t, int *ids, const char *text, size_t n, const char *source) {
-    const unsigned char *s = (const unsigned char *)text;
-    size_t count = 0;
-    for (size_t begin = 0; begin < n;) {
-        size_t end = find_eot(t, text, begin, n);
-        while (begin < end) {
-            int length = piece_length(s + begin, (int)(end - begin));
-            count += encode_piece(t, ids + count, s + begin, length, source);
-            begin += length;
-        }
-        if (end < n) ids[count++] = t->eot, begin += t->length[t->eot];
-    }
-    return count;
-}
+#include "dev/data/tokenizer.h" // Tokenizer, tokenizer_open(), tokenizer_encode(), find_special()
 
 // ---- checkpoints ----
 //
-// model.bin: int32[256] header, then the parameters in the order of tensor_shapes(). optimizer.bin beside it: header, both
-// moments. A CRC-32 of the whole file (taken with 0 in its place) tells a damaged one. Both are written to *.tmp, flushed to
-// disk, and only then renamed: optimizer first. Whenever the program is stopped, the files are an old pair, a new pair, or a new
-// optimizer.bin with its model still in model.bin.tmp, which checkpoint_recover() completes.
+// model.bin: int32[256] header, then the parameters in the order of tensor_shapes(). ema.bin, if there is one: their average, likewise.
+// optimizer.bin: header, both moments. A CRC-32 of the whole file (taken with 0 in its place) tells a damaged one. All are written to
+// *.tmp, flushed to disk, and only then renamed, optimizer first and model last. Whenever the program is stopped, the files are the old
+// ones, the new ones, or a new optimizer.bin with the others still in *.tmp, which checkpoint_recover() completes.
 
 // Places in the headers: of both files, and of optimizer.bin (seed and FLOPs take two each).
 enum { FILE_VERSION = 1, HEADER_STEP = 11, HEADER_CRC = 12, HEADER_ROWS = 2, HEADER_SEED = 4, HEADER_FLOPS = 6 };
@@ -1365,16 +1358,20 @@ static void checkpoint_save(const Model *m, const char *folder, Progress p) {
     memcpy(optimizer + HEADER_SEED, &p.seed, sizeof p.seed);
     memcpy(optimizer + HEADER_FLOPS, &p.flops, sizeof p.flops);
     size_t n = m->params.total;
-    float *copy = (float *)allocate(3 * n, sizeof(float), "a checkpoint");
+    float *copy = (float *)allocate((3 + m->keeps_ema) * n, sizeof(float), "a checkpoint");
     tensors_read(copy, &m->params), tensors_read(copy + n, &m->moment1), tensors_read(copy + 2 * n, &m->moment2);
+    if (m->keeps_ema) tensors_read(copy + 3 * n, &m->ema);
+    int ema[HEADER_INTS];
+    memcpy(ema, model, sizeof ema);
     const Part model_parts[] = {{model, sizeof model}, {copy, n * sizeof(float)}};
-    const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {copy + n, 2 * n * sizeof(float)}};
-    char *model_path = join_path(folder, "model.bin"), *optimizer_path = join_path(folder, "optimizer.bin");
+    const Part optimizer_parts[] = {{optimizer, sizeof optimizer}, {copy + n, 2 * n * sizeof(float)}}, ema_parts[] = {{ema, sizeof ema}, {copy + 3 * n, n * sizeof(float)}};
+    char *model_path = join_path(folder, "model.bin"), *optimizer_path = join_path(folder, "optimizer.bin"), *ema_path = join_path(folder, "ema.bin");
     seal_header(model, model_parts, 2);
+    if (m->keeps_ema) seal_header(ema, ema_parts, 2);
     seal_header(optimizer, optimizer_parts, 2);
-    const File files[] = {{optimizer_path, optimizer_parts, 2}, {model_path, model_parts, 2}};
-    write_files(files, 2);
-    free(model_path), free(optimizer_path), free(copy);
+    const File files[] = {{optimizer_path, optimizer_parts, 2}, {m->keeps_ema ? ema_path : model_path, m->keeps_ema ? ema_parts : model_parts, 2}, {model_path, model_parts, 2}};
+    write_files(files, 2 + m->keeps_ema);
+    free(model_path), free(optimizer_path), free(ema_path), free(copy);
 }
 
 static Config header_config(const int *h) {
@@ -1416,9 +1413,13 @@ static int peek_step(const char *path, int magic) {
 // Completes a checkpoint whose writer was stopped between its two renames.
 static void checkpoint_recover(const char *folder) {
     char *model = join_path(folder, "model.bin"), *unfinished = concat(model, ".tmp"), *optimizer = join_path(folder, "optimizer.bin");
+    char *ema = join_path(folder, "ema.bin"), *unfinished_ema = concat(ema, ".tmp");
     int step = peek_step(optimizer, OPTIMIZER_MAGIC);
-    if (step >= 0 && peek_step(model, MODEL_MAGIC) != step && peek_step(unfinished, MODEL_MAGIC) == step) commit_file(model);
-    free(model), free(unfinished), free(optimizer);
+    if (step >= 0 && peek_step(model, MODEL_MAGIC) != step && peek_step(unfinished, MODEL_MAGIC) == step) {
+        if (peek_step(unfinished_ema, MODEL_MAGIC) == step) commit_file(ema);
+        commit_file(model);
+    }
+    free(model), free(unfinished), free(optimizer), free(ema), free(unfinished_ema);
 }
 
 // Builds m, without memory, as folder/model.bin describes it; returns the step it was saved at.
@@ -1436,23 +1437,40 @@ static int checkpoint_build(Model *m, const char *folder) {
     return header[HEADER_STEP];
 }
 
-// Reads the parameters into a model that checkpoint_build() built and model_reserve() gave memory.
-static void checkpoint_load(Model *m, const char *folder) {
-    int header[HEADER_INTS];
-    char *path = join_path(folder, "model.bin");
+// The parameters in a folder, (total), for a model that checkpoint_build() built: the averaged ones if there are any and averaged is not 0.
+static float *checkpoint_parameters(const Model *m, const char *folder, int averaged) {
+    int header[HEADER_INTS], ema_header[HEADER_INTS];
+    char *path = join_path(folder, "model.bin"), *ema_path = join_path(folder, "ema.bin");
     float *params = read_floats(path, MODEL_MAGIC, "model", header, m->params.total);
-    model_set_parameters(m, params);
-    free(path), free(params);
+    if (averaged && !access(ema_path, F_OK)) {
+        free(params);
+        params = read_floats(ema_path, MODEL_MAGIC, "model", ema_header, m->params.total);
+        if (ema_header[HEADER_STEP] != header[HEADER_STEP]) die(FAILED, "%s is of step %d, the model beside it of step %d: they do not belong together; train --resume may complete them", ema_path, ema_header[HEADER_STEP], header[HEADER_STEP]);
+    }
+    free(path), free(ema_path);
+    return params;
 }
 
-// Reads the moments as well, of the same step.
+// Reads them into a model that model_reserve() gave memory.
+static void checkpoint_load(Model *m, const char *folder, int averaged) {
+    float *params = checkpoint_parameters(m, folder, averaged);
+    model_set_parameters(m, params);
+    free(params);
+}
+
+// Reads the moments as well, of the same step, and the average.
 static Progress checkpoint_resume(Model *m, const char *folder, int step) {
     Progress p;
     int header[HEADER_INTS];
     char *path = join_path(folder, "optimizer.bin");
     float *moments = read_floats(path, OPTIMIZER_MAGIC, "optimizer state", header, 2 * m->params.total);
-    checkpoint_load(m, folder);
+    checkpoint_load(m, folder, 0);
     tensors_write(&m->moment1, moments), tensors_write(&m->moment2, moments + m->params.total);
+    if (m->keeps_ema) {
+        float *ema = checkpoint_parameters(m, folder, 1);
+        tensors_write(&m->ema, ema);
+        free(ema);
+    }
     p.step = header[HEADER_STEP], p.rows = header[HEADER_ROWS];
     memcpy(&p.seed, header + HEADER_SEED, sizeof p.seed);
     memcpy(&p.flops, header + HEADER_FLOPS, sizeof p.flops);
@@ -1471,110 +1489,260 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * (done > 1 ? 1 : done))));
 }
 
-typedef struct { int S, masked; double loss, mean_t, norm; } Gradient; // masked: tokens, of all rows
+typedef struct { int loop_dist, time; double var_length; uint64_t seed; int rows, B; } Recipe; // of a step; rows in all, B at a time
+typedef struct { int S, T, masked; double loss, mean_t, norm; } Gradient;                      // masked: tokens, of all rows
 
-// The gradient of step number step (from 0), in m->grads: one S for the step; rows of data, B at a time, with their noise.
-static Gradient train_gradient(Model *m, const Data *d, int loop_dist, uint64_t seed, int step, int rows, int B) {
-    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
-    Gradient g = {draw_loops(m->config, loop_dist, seed, step), 0, 0, 0, 0};
-    for (int first = 0; first < rows; first += B) {
-        data_batch(d, targets, seed, step, first, B, T);
-        g.masked += model_noise(m, targets, B, T, seed, step, first, rows);
+// The gradient of step number step (from 0), in m->grads: one S and one length T for the step; rows of data, B at a time, with their noise.
+static Gradient train_gradient(Model *m, const Data *d, Recipe o, int step) {
+    int T_data = m->config.max_seq_len, T = draw_length(T_data, o.var_length, o.seed, step);
+    int *targets = (int *)allocate((size_t)o.B * T, sizeof(int), "a batch"), *given = (int *)allocate(o.B, sizeof(int), "a batch");
+    Gradient g = {draw_loops(m->config, o.loop_dist, o.seed, step), T, 0, 0, 0, 0};
+    for (int first = 0; first < o.rows; first += o.B) {
+        Noise noise = {o.seed, (uint64_t)step, first, o.rows, o.time};
+        double density;
+        data_batch(d, targets, given, o.seed, step, first, o.B, T, T_data);
+        g.masked += model_noise(m, targets, given, noise, o.B, T);
         model_forward(m, g.S);
         g.loss += model_loss(m, 1);
+        for (int b = 0; b < o.B; b++) g.mean_t += noise_level(noise, b, &density) / o.rows;
     }
-    for (int row = 0; row < rows; row++) g.mean_t += noise_level(seed, step, row, rows) / rows;
     g.norm = gradient_norm(m);
-    free(targets);
+    free(targets), free(given);
     return g;
 }
 
-// NELBO in nats per token of rows spread over the data, each with a t of its own; *error is its standard error
-// (an upper estimate, as the t are stratified). Depends on the seed alone: every S, and every model of the same T, sees the same masks.
-static double evaluate(Model *m, const Data *d, int S, int rows, int B, uint64_t seed, double *error) {
-    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
+// ---- adaptive loops ----
+//
+// Later loops change less. With tau > 0 a row stops looping when the last loop changed its state by less than tau (see state_change()), and
+// the others go on without it. Two measures of change: the first difference (LoopMDM), or the second, which must be below tau in two loops
+// running (Pappone et al. 2025).
+typedef struct { int S; double tau; int second; } Loops; // S loops, at most if tau > 0
+
+// The next forward of m->B rows; used (B): loops of each
+static void adaptive_forward(Model *m, Loops l, int *used) {
+    Config c = m->config;
+    int B = m->B, n = B, a = c.loop_start, width = c.loop_end - a;
+    for (int b = 0; b < B; b++) used[b] = l.S;
+    if (l.tau <= 0 || width == 0) {
+        model_forward(m, l.S);
+        return;
+    }
+    size_t row = (size_t)m->T * c.channels;
+    int *row_of = (int *)allocate(B, sizeof(int), "the rows"); // rows that go on are the first n, in any order; row_of says which they are
+    double *change = (double *)allocate(2 * (size_t)B, sizeof(double), "the rows"), *last = change + B;
+    for (int b = 0; b < B; b++) row_of[b] = b, last[b] = INFINITY;
+    model_embed(m, l.S);
+    model_passes(m, 0, a);
+    for (int s = 1; n > 0; s++) {
+        float *h = m->states, *swap = m->before2; // two loops ago: needed in this loop alone, hence not moved with its row below
+        m->before2 = m->before, m->before = swap;
+        copy_floats(m->before, h, n * row);
+        m->B = n;
+        model_passes(m, a + (s - 1) * width, a + s * width);
+        for (int i = 0; i < n; i++) change[i] = INFINITY;
+        if (!l.second || s > 1) model_change(m, change, l.second);
+        for (int i = n - 1; i >= 0; i--) {
+            int small = change[i] < l.tau && (!l.second || last[i] < l.tau);
+            last[i] = change[i];
+            if (!small && s < l.S) continue;
+            used[row_of[i]] = s;
+            copy_floats(m->settled + row_of[i] * row, h + i * row, row);
+            if (i == --n) continue;
+            copy_floats(h + i * row, h + n * row, row); // the last takes its place
+            copy_floats(m->before + i * row, m->before + n * row, row);
+            row_of[i] = row_of[n], last[i] = last[n];
+        }
+    }
+    m->B = B;
+    copy_floats(m->states, m->settled, B * row);
+    model_passes(m, a + l.S * width, num_passes(c, l.S));
+    free(row_of), free(change);
+}
+
+typedef struct { double nelbo, error, loops; } Evaluation; // nats per token, its standard error, mean loops
+
+// NELBO of rows spread over the data, each with a t of its own; the standard error is an upper estimate, as the t are stratified. Depends on
+// the seed alone: every S, and every model of the same T, sees the same masks. row_nelbo (rows) gets each row's, if it is not NULL.
+static Evaluation evaluate(Model *m, const Data *d, Loops l, int time, int rows, int B, uint64_t seed, double *row_nelbo) {
+    int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch"), *given = (int *)allocate(2 * (size_t)B, sizeof(int), "a batch"), *used = given + B;
     int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
-    double *nelbo = (double *)allocate(rows, sizeof(double), "the rows"), mean = 0, variance = 0;
+    double *nelbo = row_nelbo ? row_nelbo : (double *)allocate(rows, sizeof(double), "the rows"), variance = 0;
+    Evaluation e = {0, 0, 0};
     for (int first = 0; first < rows; first += B) {
         int n = min_int(B, rows - first);
-        for (int i = 0; i < n; i++) data_row(d, targets + (size_t)i * T, (first + i) * stride % available, T, T);
-        model_noise(m, targets, n, T, seed, 0, first, rows);
-        model_forward(m, S);
+        for (int i = 0; i < n; i++) {
+            data_row(d, targets + (size_t)i * T, (first + i) * stride % available, T, T);
+            given[i] = data_given(d, targets + (size_t)i * T, T);
+        }
+        Noise noise = {seed, 0, first, rows, time};
+        model_noise(m, targets, given, noise, n, T);
+        adaptive_forward(m, l, used);
         model_loss(m, 0);
-        for (int i = 0; i < n; i++) nelbo[first + i] = m->row_loss[i] * rows;
+        for (int i = 0; i < n; i++) nelbo[first + i] = m->row_loss[i] * rows, e.loops += used[i] / (double)rows;
     }
-    for (int r = 0; r < rows; r++) mean += nelbo[r] / rows;
-    for (int r = 0; r < rows; r++) variance += (nelbo[r] - mean) * (nelbo[r] - mean) / max_int(1, rows - 1);
-    *error = sqrt(variance / rows);
-    free(targets), free(nelbo);
-    return mean;
+    for (int r = 0; r < rows; r++) e.nelbo += nelbo[r] / rows;
+    for (int r = 0; r < rows; r++) variance += (nelbo[r] - e.nelbo) * (nelbo[r] - e.nelbo) / max_int(1, rows - 1);
+    e.error = sqrt(variance / rows);
+    free(targets), free(given);
+    if (!row_nelbo) free(nelbo);
+    return e;
 }
 
 // =====================================================================================================================
 // 8. Sampler
 
-enum { ORDER_RANDOM, ORDER_CONFIDENCE };
+enum { ORDER_RANDOM, ORDER_CONFIDENCE, ORDER_MARGIN, ORDER_ENTROPY, ORDER_THRESHOLD };
 
 typedef struct {
-    int steps, loops, order;
-    double temperature;
-    uint64_t seed;
+    int steps, order, block; // block: positions in one, 0 for the whole row
+    double threshold, remask;
+    Loops loops;
+    Draw draw;
 } SampleOptions;
 
-// Fills in every MASK of x (B,T), in steps; other tokens never change. Row b draws the random numbers of row first_row + b, so
-// that a text does not depend on the others in its batch. show, if not NULL, is called after every step with work to do.
-//
-// random: the exact reverse process (MDLM's ancestral sampler). From noise level t = 1 - step/steps to s = t - 1/steps, a
-//   token is revealed with probability (t - s) / t = 1 / (steps - step).
-// confidence: LLaDA's low-confidence remasking. All masked tokens are predicted, and the most confident are kept, an equal
-//   share in every step.
-static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_row,
-                   void (*show)(const int *x, int T, int step, void *), void *show_data) {
-    int BT = B * T, mask = m->config.vocab_size;
-    int *candidates = (int *)allocate(BT, sizeof(int), "sampling"), *token = (int *)allocate(BT, sizeof(int), "sampling");
-    int *blanks = (int *)allocate(B, sizeof(int), "sampling"), *quota = (int *)allocate(B, sizeof(int), "sampling");
-    double *confidence = (double *)allocate(BT, sizeof(double), "sampling");
-    for (int i = 0; i < BT; i++) blanks[i / T] += x[i] == mask;
-    for (int step = 0; step < o.steps; step++) {
-        int n = 0;
-        for (int b = 0; b < B; b++) quota[b] = (int)((int64_t)blanks[b] * (step + 1) / o.steps - (int64_t)blanks[b] * step / o.steps);
-        for (int i = 0; i < BT; i++) {
-            double u = random_uniform(o.seed, STREAM_UNMASK, step, (uint64_t)first_row * T + i);
-            if (x[i] == mask && (o.order == ORDER_CONFIDENCE ? quota[i / T] > 0 : u < 1.0 / (o.steps - step))) candidates[n++] = i;
+typedef struct {
+    int forwards;                     // of the model, on all rows with work to do
+    double rows, loops, flops;        // summed over these: rows, their loops, and the exact floating point operations
+    double *step_rows, *step_loops;   // (steps, or T if more) rows and their loops in each step; may be NULL
+} SampleReport;
+
+// The part of a row that the sampler works on in one step: positions begin .. end-1 (none if they are equal), whose turn takes steps, of
+// which this is number step.
+typedef struct { int begin, end, step, steps; } Work;
+
+// The blocks of a row that have blanks take turns from left to right, and share all steps evenly: of K blocks and N steps, block k has
+// floor(k N / K) .. floor((k+1) N / K) - 1. blank (T): which positions were MASK at the start.
+static Work scheduled_work(const char *blank, int T, SampleOptions o, int step) {
+    Work w = {0, 0, 0, 0};
+    int size = o.block ? o.block : T, K = 0;
+    for (int begin = 0; begin < T; begin += size) K += memchr(blank + begin, 1, min_int(size, T - begin)) != NULL;
+    if (K > o.steps) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", o.steps, K);
+    int64_t N = o.steps, k = ((step + 1) * (int64_t)K - 1) / N, before = 0; // k: whose turn it is
+    for (int begin = 0; begin < T; begin += size)
+        if (memchr(blank + begin, 1, min_int(size, T - begin)) && before++ == k) {
+            w.begin = begin, w.end = min_int(T, begin + size);
+            w.step = (int)(step - k * N / K), w.steps = (int)((k + 1) * N / K - k * N / K);
         }
-        if (n == 0) continue; // nothing would change: no forward
-        model_tokens(m, x, B, T);
-        model_forward(m, o.loops);
-        model_sample(m, token, confidence, candidates, n, o.temperature, o.seed, step, (uint64_t)first_row * T);
-        for (int r = 0; r < n; r++)
-            if (!isfinite(confidence[r])) die(FAILED, "--model: its probabilities are not finite: its training went wrong");
-        if (o.order == ORDER_RANDOM)
-            for (int r = 0; r < n; r++) x[candidates[r]] = token[r];
-        else
-            for (int begin = 0, end = 0; begin < n; begin = end) { // the candidates of one row
-                int b = candidates[begin] / T;
-                while (end < n && candidates[end] / T == b) end++;
-                for (; quota[b] > 0; quota[b]--) {
-                    int best = -1;
-                    for (int r = begin; r < end; r++)
-                        if (x[candidates[r]] == mask && (best < 0 || confidence[r] > confidence[best])) best = r;
-                    x[candidates[best]] = token[best];
-                }
-            }
-        if (show) show(x, T, step, show_data);
+    return w;
+}
+
+// With ORDER_THRESHOLD a block's turn lasts until no MASK is left in it.
+static Work unscheduled_work(const int *x, int T, int mask, SampleOptions o) {
+    Work w = {0, 0, 0, 0};
+    int size = o.block ? o.block : T, t = 0;
+    while (t < T && x[t] != mask) t++;
+    if (t < T) w.begin = t / size * size, w.end = min_int(T, w.begin + size);
+    return w;
+}
+
+// The arrays of sample(). R candidates: the masked positions that are predicted in a step. Only rows that have any go through the model.
+typedef struct {
+    char *blank, *again;              // (B,T) was MASK at the start; is masked again in this step
+    int *active, *ids, *used, *quota; // (rows,T) tokens of the rows with candidates; (rows) which they are, their loops, how many to keep
+    int *position, *row, *token;      // (R) where in x, where in active; the prediction,
+    double *score;                    // (R) and how good it is
+} SampleState;
+
+// Adds the candidates of one row x (T), whose positions in all rows begin at offset, to the R that there are; returns their new number.
+static int row_candidates(SampleState s, int R, int *rows, const int *x, int offset, int id, int T, int mask, SampleOptions o, int step) {
+    const char *blank = s.blank + offset;
+    Work w = o.order == ORDER_THRESHOLD ? unscheduled_work(x, T, mask, o) : scheduled_work(blank, T, o, step);
+    int blanks = 0, masked = 0, remasked = 0, first = R;
+    double j = w.step, N = w.steps, sigma = j > 0 ? fmin(o.remask, (N - j - 1) / j) : 0;
+    for (int t = w.begin; t < w.end; t++) {
+        uint64_t index = (uint64_t)id * T + t;
+        int revealed = o.order != ORDER_RANDOM || random_uniform(o.draw.seed, STREAM_UNMASK, step, index) < (1 + sigma * j) / (N - j);
+        blanks += blank[t], masked += x[t] == mask;
+        if (x[t] == mask && revealed) s.position[R] = offset + t, s.row[R++] = *rows * T + t;
+        if (blank[t] && x[t] != mask && random_uniform(o.draw.seed, STREAM_REMASK, step, index) < sigma) remasked += s.again[offset + t] = 1;
     }
-    free(candidates), free(token), free(blanks), free(quota), free(confidence);
+    int quota = R - first; // all of them, or up to what is to be filled in after this step, less what is now and is not taken back
+    if (o.order != ORDER_RANDOM && o.order != ORDER_THRESHOLD)
+        quota = min_int(masked, (int)((int64_t)blanks * (w.step + 1) / max_int(1, w.steps)) - (blanks - masked - remasked));
+    if (quota <= 0) return first;
+    memcpy(s.active + *rows * T, x, T * sizeof(int));
+    s.ids[*rows] = id, s.quota[(*rows)++] = quota;
+    return R;
+}
+
+// Of the candidates begin .. end-1 of a row, those with the best scores go into x (B,T): quota of them, or all above the threshold and
+// one at least.
+static void keep_best(int *x, SampleState s, int begin, int end, int quota, int mask, SampleOptions o) {
+    if (o.order == ORDER_THRESHOLD) {
+        quota = 0;
+        for (int r = begin; r < end; r++) quota += s.score[r] > o.threshold;
+        quota = max_int(1, quota);
+    }
+    for (; quota > 0; quota--) {
+        int best = -1;
+        for (int r = begin; r < end; r++)
+            if (x[s.position[r]] == mask && (best < 0 || s.score[r] > s.score[best])) best = r;
+        x[s.position[best]] = s.token[best];
+    }
+}
+
+// Fills in every MASK of x (B,T); other tokens never change. Row b draws the random numbers of row first_row + b, so that a text does not
+// depend on the others in its batch; rows with nothing to do in a step are left out of its forward, and without rows there is none.
+// show, if not NULL, is called after every step with work to do.
+//
+// random: the exact reverse process (MDLM's ancestral sampler). From noise level t = 1 - step/steps to s = t - 1/steps, a token is revealed
+//   with probability (t - s) / t = 1 / (steps - step).
+// confidence, margin, entropy: all masked tokens are predicted, and those with the best score (see Draw) are kept, an equal share in every
+//   step: LLaDA's low-confidence remasking, Kim et al. 2025, Dream.
+// threshold: all whose probability is above it are kept, one at least, in as many steps as that takes.
+// remask: what was filled in is masked again with probability sigma = min(remask, (1 - alpha_s) / alpha_t), and more is revealed for it
+//   (ReMDM, Wang et al. 2025): mistakes can be taken back. In step j of N alpha_t = j / N, alpha_s = (j + 1) / N, and the probability to be
+//   revealed is (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) = (1 + sigma j) / (N - j).
+static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_row, SampleReport *report,
+                   void (*show)(const int *x, int T, int step, void *), void *show_data) {
+    int BT = B * T, mask = m->config.vocab_size, n_masks = 0;
+    char *flags = (char *)allocate(2 * (size_t)BT, 1, "sampling");
+    int *ints = (int *)allocate(4 * (size_t)BT + 3 * (size_t)B, sizeof(int), "sampling"), *row_ints = ints + 4 * (size_t)BT;
+    double *score = (double *)allocate(BT, sizeof(double), "sampling");
+    SampleState s = {flags, flags + BT, ints, row_ints, row_ints + B, row_ints + 2 * B, ints + BT, ints + 2 * (size_t)BT, ints + 3 * (size_t)BT, score};
+    for (int i = 0; i < BT; i++) n_masks += s.blank[i] = x[i] == mask;
+    for (int step = 0; o.order == ORDER_THRESHOLD ? n_masks > 0 : step < o.steps; step++) {
+        int R = 0, rows = 0, changed = 0;
+        memset(s.again, 0, BT);
+        for (int b = 0; b < B; b++) R = row_candidates(s, R, &rows, x + b * T, b * T, first_row + b, T, mask, o, step);
+        if (R) {
+            model_tokens(m, s.active, rows, T);
+            adaptive_forward(m, o.loops, s.used);
+            model_sample(m, s.token, s.score, s.row, R, s.ids, o.draw, step);
+        }
+        for (int r = 0; r < R; r++)
+            if (!isfinite(s.score[r])) die(FAILED, "--model: its probabilities are not finite: its training went wrong");
+        for (int begin = 0, end = 0, row = 0; row < rows; row++, begin = end) {
+            while (end < R && s.row[end] / T == row) end++;
+            keep_best(x, s, begin, end, s.quota[row], mask, o);
+        }
+        for (int i = n_masks = 0; i < BT; i++) {
+            if (s.again[i]) x[i] = mask, changed = 1;
+            n_masks += x[i] == mask;
+        }
+        if (report && R) {
+            report->forwards++, report->rows += rows, report->flops += R * head_flops(m->config);
+            for (int r = 0; r < rows; r++) {
+                report->loops += s.used[r], report->flops += T * pass_flops(m->config, T, num_passes(m->config, s.used[r]));
+                if (report->step_rows) report->step_rows[step]++, report->step_loops[step] += s.used[r];
+            }
+        }
+        if (show && (R || changed)) show(x, T, step, show_data);
+    }
+    free(flags), free(ints), free(score);
 }
 
 // =====================================================================================================================
 // 9. Command line
 
-enum { TRAIN = 1, EVAL = 2, SAMPLE = 4, TOKENIZE = 8, INFO = 16, FLOPS = 32 };
+enum { TRAIN = 1, EVAL = 2, SAMPLE = 4, ATTENTION = 8, TOKENIZE = 16, INFO = 32, FLOPS = 64 };
 
 static const struct { const char *name; int flag; const char *about; } commands[] = {
     {"train", TRAIN, "Trains a model on token shards; writes model.bin, optimizer.bin, tokenizer.bin and log.csv into --out."},
-    {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops."},
+    {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops; or solves puzzles (--sudoku),\n"
+                   "or answers questions (--exact-match)."},
     {"sample", SAMPLE, "Writes text: from nothing, from a beginning (--prompt), or into the blanks of a template (--fill)."},
+    {"attention", ATTENTION, "Measures how much attention masked positions pay to masked ones, by pass, head and noise level."},
     {"tokenize", TOKENIZE, "Encodes text: --text shows its tokens; --input and --output turn a file into a token shard,\n"
                            "stories separated by the end-of-text token's own text, <|endoftext|>."},
     {"info", INFO, "Prints the configuration, parameters and memory of a trained model or a preset."},
@@ -1588,19 +1756,21 @@ static const struct { const char *name; int T, L, NH, C, a, b, S; } presets[] = 
 
 // Every option of every command, with its default. -1 or NULL: taken from the preset, or none.
 static const char *opt_data, *opt_val_data, *opt_tokenizer, *opt_model, *opt_loop, *opt_out, *opt_loops;
-static const char *opt_prompt, *opt_fill, *opt_text, *opt_input, *opt_output, *opt_loop_dist = "uniform", *opt_order = "confidence";
+static const char *opt_prompt, *opt_fill, *opt_fill_file, *opt_puzzle, *opt_text, *opt_input, *opt_output, *opt_loop_dist = "uniform", *opt_time = "uniform";
+static const char *opt_order = "confidence", *opt_criterion = "change", *opt_adaptive, *opt_init, *opt_answers_after, *opt_by_t, *opt_by_loop, *opt_csv, *opt_sample_steps = "32", *opt_eval_steps = "1,2,5,20";
 static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1, opt_vocab = -1, opt_max_loops = -1;
 static int opt_steps = 2000, opt_batch = 16, opt_accum = 1, opt_warmup = 100, opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256;
-static int opt_resume, opt_recompute, opt_rows = 1024, opt_length = -1, opt_sample_steps = 32, opt_n = 1, opt_watch, opt_threads;
-static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1;
+static int opt_resume, opt_recompute, opt_rows = 1024, opt_length = -1, opt_n = 1, opt_watch, opt_show_loops, opt_threads;
+static int opt_fixed_rows, opt_raw, opt_sudoku, opt_exact_match, opt_top_k, opt_block, opt_rows_of, opt_buckets = 10;
+static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1, opt_top_p = 1, opt_threshold = 0.9, opt_remask, opt_ema, opt_var_length, opt_eval_temperature;
 static uint64_t opt_seed = 1;
 
 static const struct { const char *name; int commands; char type; void *value; double least; const char *argument, *help; } options[] = {
-    {"data", TRAIN | EVAL, 's', &opt_data, 0, "FILES", "token shards: a file, or a quoted pattern such as 'train_*.bin'"},
+    {"data", TRAIN | EVAL | ATTENTION, 's', &opt_data, 0, "FILES", "token shards: a file, or a quoted pattern such as 'train_*.bin'"},
     {"val-data", TRAIN, 's', &opt_val_data, 0, "FILES", "held-out token shards: their NELBO is printed and logged"},
-    {"tokenizer", TRAIN | TOKENIZE | SAMPLE, 's', &opt_tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
+    {"tokenizer", TRAIN | TOKENIZE | SAMPLE | EVAL | ATTENTION, 's', &opt_tokenizer, 0, "FILE", "tokenizer; after training it is found in the model's folder"},
     {"model", TRAIN, 's', &opt_model, 0, "PRESET", "d2, nano, d6 or d12; the next options change it (default nano)"},
-    {"model", EVAL | SAMPLE, 's', &opt_model, 0, "FOLDER", "what train wrote into --out"},
+    {"model", EVAL | SAMPLE | ATTENTION, 's', &opt_model, 0, "FOLDER", "what train wrote into --out"},
     {"model", INFO | FLOPS, 's', &opt_model, 0, "MODEL", "a trained model's folder, or a preset: d2, nano, d6, d12 (default nano)"},
     {"layers", TRAIN | INFO | FLOPS, 'i', &opt_layers, 1, "L", "layers"},
     {"heads", TRAIN | INFO | FLOPS, 'i', &opt_heads, 1, "NH", "attention heads"},
@@ -1609,11 +1779,18 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"vocab", TRAIN | INFO | FLOPS, 'i', &opt_vocab, 1, "V", "tokens, where there is no --tokenizer"},
     {"loop", TRAIN | INFO | FLOPS, 's', &opt_loop, 0, "A:B", "loop over layers A .. B-1; 0:0 for an ordinary MDM"},
     {"max-loops", TRAIN | INFO | FLOPS, 'i', &opt_max_loops, 1, "S", "loops in training: 1 to S"},
+    {"init", TRAIN, 's', &opt_init, 0, "FOLDER", "begin with the parameters of another model of the same shape; its loop may differ"},
     {"loop-dist", TRAIN, 's', &opt_loop_dist, 0, "NAME", "how a step's loops are drawn: uniform, fixed (always S), flops (p ~ 1/FLOPs)"},
+    {"time", TRAIN | EVAL, 's', &opt_time, 0, "NAME", "how noise levels are drawn: uniform, bell (intermediate ones more often, weighted for it)"},
+    {"var-length", TRAIN, 'f', &opt_var_length, 0, "SHARE", "of steps whose rows are cut to a length from 1 to T"},
+    {"fixed-rows", TRAIN, 'b', &opt_fixed_rows, 0, "", "the data are rows of T tokens, such as boards; without it rows begin anywhere"},
+    {"answers-after", TRAIN | EVAL | ATTENTION, 's', &opt_answers_after, 0, "TOKEN", "fixed rows in which all up to this token is context; only the rest is masked and learned"},
+    {"ema", TRAIN, 'f', &opt_ema, 0, "DECAY", "also keep an average of the parameters, such as 0.999, which eval and sample then use (--val-data is tried on the last ones)"},
     {"out", TRAIN, 's', &opt_out, 0, "FOLDER", "where the model goes"},
     {"resume", TRAIN, 'b', &opt_resume, 0, "", "continue from the checkpoint in --out, exactly, with the same options"},
     {"steps", TRAIN, 'i', &opt_steps, 1, "N", "optimizer steps in all"},
-    {"batch", TRAIN | EVAL | INFO, 'i', &opt_batch, 1, "B", "rows at a time"},
+    {"raw", EVAL | SAMPLE | ATTENTION, 'b', &opt_raw, 0, "", "the last parameters, where training also kept an average (--ema)"},
+    {"batch", TRAIN | EVAL | INFO | ATTENTION, 'i', &opt_batch, 1, "B", "rows at a time"},
     {"accum", TRAIN, 'i', &opt_accum, 1, "N", "batches whose gradients are added up for one step"},
     {"recompute", TRAIN, 'b', &opt_recompute, 0, "", "keep only each pass's input for backward and compute the rest again: less memory, more time"},
     {"lr", TRAIN, 'f', &opt_lr, 0, "RATE", "highest learning rate"},
@@ -1626,21 +1803,42 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"val-rows", TRAIN, 'i', &opt_val_rows, 1, "N", "rows in a validation"},
     {"loops", TRAIN, 's', &opt_loops, 0, "S,S,..", "numbers of loops to validate with (default 1, 2, 4, .. and --max-loops)"},
     {"loops", EVAL, 's', &opt_loops, 0, "S,S,..", "numbers of loops, also beyond --max-loops (default 1, 2, 4, .. and that)"},
-    {"loops", SAMPLE, 's', &opt_loops, 0, "S", "loops, also beyond --max-loops (default --max-loops)"},
-    {"rows", EVAL, 'i', &opt_rows, 1, "N", "rows, spread over the data; beyond its end they begin again with other noise"},
+    {"loops", SAMPLE | ATTENTION, 's', &opt_loops, 0, "S", "loops, also beyond those of training (default: as many as those)"},
+    {"adaptive", EVAL, 's', &opt_adaptive, 0, "TAU,..", "rows stop looping when a loop changes them by less than TAU"},
+    {"adaptive", SAMPLE, 's', &opt_adaptive, 0, "TAU", "a text stops looping when a loop changes it by less than TAU"},
+    {"max-loops", EVAL | SAMPLE, 'i', &opt_max_loops, 1, "S", "most loops with --adaptive (default: as many as in training)"},
+    {"criterion", EVAL | SAMPLE, 's', &opt_criterion, 0, "NAME", "what --adaptive compares with TAU: change, or second (the second difference, twice)"},
+    {"by-t", EVAL, 's', &opt_by_t, 0, "FILE", "also the loss by noise level, as a table and into this CSV file"},
+    {"buckets", EVAL | ATTENTION, 'i', &opt_buckets, 1, "N", "into which noise levels are divided"},
+    {"by-loop", EVAL, 's', &opt_by_loop, 0, "FILE", "also the norm of the state and its change in each loop (up to the last of --loops), as a table and into this CSV file"},
+    {"sudoku", EVAL, 'b', &opt_sudoku, 0, "", "--data are puzzles, each with its solution after it: prints the share solved, by --loops and --steps"},
+    {"exact-match", EVAL, 'b', &opt_exact_match, 0, "", "writes the answers and compares their last numbers with those of the data"},
+    {"csv", ATTENTION, 's', &opt_csv, 0, "FILE", "all figures, also by head"},
+    {"rows", EVAL | ATTENTION, 'i', &opt_rows, 1, "N", "rows, spread over the data; beyond its end they begin again with other noise (puzzles, questions: the first N)"},
     {"prompt", SAMPLE, 's', &opt_prompt, 0, "TEXT", "how the text begins"},
     {"fill", SAMPLE, 's', &opt_fill, 0, "TEXT", "a template: ____ is a blank of one token, ________ of two, and so on"},
+    {"fill-file", SAMPLE, 's', &opt_fill_file, 0, "FILE", "templates, one in a line"},
+    {"puzzle", SAMPLE, 's', &opt_puzzle, 0, "BOARD", "a Sudoku, row by row, with . for blanks"},
     {"length", SAMPLE, 'i', &opt_length, 2, "T", "tokens to write (default: all that the model takes)"},
-    {"steps", SAMPLE, 'i', &opt_sample_steps, 1, "N", "denoising steps"},
-    {"order", SAMPLE, 's', &opt_order, 0, "NAME", "which tokens are kept first: confidence, random"},
+    {"steps", EVAL, 's', &opt_eval_steps, 0, "N,..", "denoising steps, with --sudoku and --exact-match"},
+    {"steps", SAMPLE, 's', &opt_sample_steps, 0, "N", "denoising steps"},
+    {"order", EVAL | SAMPLE, 's', &opt_order, 0, "NAME", "which tokens are kept first: random, confidence, margin, entropy, threshold"},
+    {"threshold", EVAL | SAMPLE, 'f', &opt_threshold, 0, "P", "with --order threshold: all tokens of a higher probability are kept, in as many steps as needed"},
+    {"block", EVAL | SAMPLE, 'i', &opt_block, 1, "N", "fill in blocks of N positions, from left to right"},
+    {"remask", EVAL | SAMPLE, 'f', &opt_remask, 0, "P", "mask what was filled in again with this probability in each step (ReMDM)"},
+    {"temperature", EVAL, 'f', &opt_eval_temperature, 0, "X", "0 always takes the likeliest token"},
     {"temperature", SAMPLE, 'f', &opt_temperature, 0, "X", "below 1 plays safe; 0 always takes the likeliest token"},
+    {"top-k", EVAL | SAMPLE, 'i', &opt_top_k, 1, "K", "draw from the K likeliest tokens only"},
+    {"top-p", EVAL | SAMPLE, 'f', &opt_top_p, 0, "P", "draw from the likeliest tokens that together have probability P"},
     {"n", SAMPLE, 'i', &opt_n, 1, "N", "texts to write"},
     {"watch", SAMPLE, 'b', &opt_watch, 0, "", "show the text while it is denoised"},
+    {"show-loops", SAMPLE, 'b', &opt_show_loops, 0, "", "also show what all blanks would be after each loop"},
     {"text", TOKENIZE, 's', &opt_text, 0, "TEXT", "text to encode"},
     {"input", TOKENIZE, 's', &opt_input, 0, "FILE", "file to encode"},
     {"output", TOKENIZE, 's', &opt_output, 0, "FILE", "token shard to write"},
-    {"seed", TRAIN | EVAL | SAMPLE, 'u', &opt_seed, 0, "N", "seed of all randomness"},
-    {"threads", TRAIN | EVAL | SAMPLE, 'i', &opt_threads, 1, "N", "threads (default: one for each core)"},
+    {"rows-of", TOKENIZE, 'i', &opt_rows_of, 2, "T", "each story becomes a row of T tokens, filled up with end-of-text; longer ones are left out"},
+    {"seed", TRAIN | EVAL | SAMPLE | ATTENTION, 'u', &opt_seed, 0, "N", "seed of all randomness"},
+    {"threads", TRAIN | EVAL | SAMPLE | ATTENTION, 'i', &opt_threads, 1, "N", "threads (default: one for each core)"},
 };
 #define COUNT(array) (int)(sizeof(array) / sizeof(array)[0])
 enum { NUM_OPTIONS = COUNT(options), NUM_COMMANDS = COUNT(commands), NUM_PRESETS = COUNT(presets) };
@@ -1656,6 +1854,17 @@ static void print_help(int command) {
         if (options[i].type == 'u') printf(" (default %llu)", (unsigned long long)*(uint64_t *)options[i].value);
         if (options[i].type == 's' && *(const char **)options[i].value) printf(" (default %s)", *(const char **)options[i].value);
         printf("\n");
+    }
+}
+
+static char was_given[NUM_OPTIONS]; // on the command line
+
+// An option that has no effect without another is a mistake. names: such options, with a blank before and after each.
+static void only_with(const char *needed, int is_there, const char *names) {
+    for (int i = 0; !is_there && i < NUM_OPTIONS; i++) {
+        char name[32];
+        snprintf(name, sizeof name, " %s ", options[i].name);
+        if (was_given[i] && strstr(names, name)) die(USAGE, "--%s has no effect without %s", options[i].name, needed);
     }
 }
 
@@ -1677,6 +1886,7 @@ static void parse_options(int command, int argc, char **argv) {
             if ((options[i].commands & commands[command].flag) && strlen(options[i].name) == length && !memcmp(options[i].name, name, length)) break;
         if (i == NUM_OPTIONS) die(USAGE, "%s has no option %s; see loopmdm %s --help", commands[command].name, argv[a], commands[command].name);
         void *to = options[i].value;
+        was_given[i] = 1;
         if (options[i].type == 'b') {
             if (equals) die(USAGE, "--%s takes no value", options[i].name);
             *(int *)to = 1;
@@ -1718,14 +1928,15 @@ static int choose(const char *option, const char *value, const char *const *name
 enum { MOST_LOOPS = 32 }; // in a list
 
 // "1,2,8" -> {1, 2, 8}; returns how many
-static int parse_loops(const char *text, int *loops, int most) {
+static int parse_list(const char *option, const char *text, int *list, int most) {
+    const char *all = text;
     int n = 0;
     char *end;
     do {
         long S = strtol(text, &end, 10);
         if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most)
-            die(USAGE, "--loops takes numbers from 1, such as 4 or 1,2,4, not '%s'", opt_loops);
-        loops[n++] = (int)S;
+            die(USAGE, "--%s takes %s from 1, such as %s, not '%s'", option, most > 1 ? "numbers" : "one number", most > 1 ? "4 or 1,2,4" : "4", all);
+        list[n++] = (int)S;
         text = end + 1;
     } while (*end);
     return n;
@@ -1761,6 +1972,11 @@ static Tokenizer model_tokenizer(const Model *m, const char *folder) {
             folder, m->config.vocab_size);
     free(path);
     return t;
+}
+
+static int choose_time(void) {
+    static const char *const times[] = {"uniform", "bell"};
+    return choose("time", opt_time, times, 2);
 }
 
 static volatile sig_atomic_t interrupted;
@@ -1803,15 +2019,43 @@ static FILE *open_log(const char *folder, int step, const int *val_loops, int nu
 // The numbers of loops to evaluate with: --loops, or 1, 2, 4, .. and S_max.
 static int evaluation_loops(Config c, int *loops, int most) {
     int n = 0;
-    if (opt_loops) return parse_loops(opt_loops, loops, most);
+    if (opt_loops) return parse_list("loops", opt_loops, loops, most);
     for (int S = 1; n == 0 || loops[n - 1] < c.max_loops; S *= 2) loops[n++] = min_int(S, c.max_loops);
     return n;
+}
+
+// What follows the separator alone is learned (--answers-after), or rows are things of their own (--fixed-rows).
+static void fix_rows(Data *d, const char *pattern, const Tokenizer *t, int T) {
+    int separator = -1;
+    if (opt_answers_after) {
+        size_t length = strlen(opt_answers_after);
+        for (int i = 0; t && i < t->vocab_size; i++)
+            if (separator < 0 && (size_t)t->length[i] == length && !memcmp(t->bytes[i], opt_answers_after, length)) separator = i;
+        if (!t) die(USAGE, "--answers-after needs --tokenizer, to find that token");
+        if (separator < 0) die(USAGE, "--answers-after: '%s' is no token of the tokenizer", opt_answers_after);
+    }
+    if (opt_answers_after || opt_fixed_rows || opt_sudoku) data_fix_rows(d, pattern, T, separator);
+}
+
+// The parameters of --init for m, which has the configuration c
+static float *initial_parameters(const Model *m, Config c) {
+    Model other;
+    if (opt_init) {
+        checkpoint_build(&other, opt_init);
+        Config o = other.config;
+        if (o.max_seq_len != c.max_seq_len || o.vocab_size != c.vocab_size || o.layers != c.layers || o.heads != c.heads || o.channels != c.channels)
+            die(USAGE, "--init: the model in %s has another shape (loopmdm info --model %s)", opt_init, opt_init);
+        return checkpoint_parameters(&other, opt_init, 1);
+    }
+    float *params = (float *)allocate(m->params.total, sizeof(float), "the parameters");
+    init_parameters(params, c, opt_seed);
+    return params;
 }
 
 // The model that training begins with, new or from --out, with its Progress; and --out itself.
 static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     Progress p = {0, opt_batch * opt_accum, opt_seed, 0};
-    char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin");
+    char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin"), *ema = join_path(opt_out, "ema.bin");
     make_folders(opt_out);
     int lock = open(opt_out, O_RDONLY); // until the end
     if (lock < 0 || (flock(lock, LOCK_EX | LOCK_NB) && errno != EWOULDBLOCK)) die(FAILED, "--out: cannot open %s: %s", opt_out, strerror(errno));
@@ -1819,16 +2063,20 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     if (!opt_resume) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
+        m->keeps_ema = opt_ema > 0;
+        float *params = initial_parameters(m, c);
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
-        float *params = (float *)allocate(m->params.total, sizeof(float), "the parameters");
-        init_parameters(params, c, opt_seed);
         model_set_parameters(m, params);
+        unlink(ema); // of an earlier model in this folder
+        if (m->keeps_ema) tensors_write(&m->ema, params);
         free(params);
     } else {
         checkpoint_recover(opt_out);
         int step = checkpoint_build(m, opt_out);
         if (memcmp(&m->config, &c, sizeof c))
             die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
+        if ((access(ema, F_OK) == 0) != (opt_ema > 0)) die(USAGE, "--resume: this run was begun %s --ema", opt_ema > 0 ? "without" : "with");
+        m->keeps_ema = opt_ema > 0;
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
         p = checkpoint_resume(m, opt_out, step);
         if (p.seed != opt_seed || p.rows != opt_batch * opt_accum)
@@ -1839,7 +2087,7 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
         Part part = {tokenizer->file, tokenizer->file_size};
         write_file(copy, &part, 1);
     }
-    free(saved), free(copy);
+    free(saved), free(copy), free(ema);
     return p;
 }
 
@@ -1859,10 +2107,15 @@ static void print_memory(const Model *m) {
 
 static void train(void) {
     static const char *const dists[] = {"uniform", "fixed", "flops"};
-    int dist = choose("loop-dist", opt_loop_dist, dists, 3), val_loops[MOST_LOOPS], num_val = 0;
+    Recipe recipe = {choose("loop-dist", opt_loop_dist, dists, 3), choose_time(), opt_var_length, opt_seed, opt_batch * opt_accum, opt_batch};
+    int val_loops[MOST_LOOPS], num_val = 0;
     if (!opt_data || !opt_out) die(USAGE, "train needs --data and --out; see loopmdm train --help");
     if (!opt_tokenizer && opt_vocab < 0) die(USAGE, "train needs --tokenizer, or --vocab for the number of tokens");
     if (opt_floor > 1) die(USAGE, "--floor is a share of --lr: at most 1, not %g", opt_floor);
+    if (opt_ema >= 1) die(USAGE, "--ema is what the average keeps in a step: below 1, not %g", opt_ema);
+    if (opt_var_length > 1) die(USAGE, "--var-length is a share: at most 1, not %g", opt_var_length);
+    if (opt_var_length > 0 && (opt_fixed_rows || opt_answers_after)) die(USAGE, "--var-length would cut the rows of --fixed-rows and --answers-after");
+    if (opt_init && opt_resume) die(USAGE, "--init excludes --resume, which has its parameters from --out");
     Tokenizer tokenizer;
     if (opt_tokenizer) {
         tokenizer = tokenizer_open(opt_tokenizer);
@@ -1874,8 +2127,10 @@ static void train(void) {
         die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", c.max_seq_len);
     int rows = opt_batch * opt_accum, T = c.max_seq_len;
     Data data = data_open(opt_data, c.vocab_size, T), val;
+    fix_rows(&data, opt_data, opt_tokenizer ? &tokenizer : NULL, T);
     if (opt_val_data) {
         val = data_open(opt_val_data, c.vocab_size, T);
+        fix_rows(&val, opt_val_data, opt_tokenizer ? &tokenizer : NULL, T);
         num_val = evaluation_loops(c, val_loops, MOST_LOOPS);
         for (int i = 0; i < num_val; i++)
             if (val_loops[i] > c.max_loops) die(USAGE, "--loops: training has memory for %d loops; use eval for more", c.max_loops);
@@ -1889,26 +2144,26 @@ static void train(void) {
            c.max_loops, (long long)data.total);
     print_memory(&m);
 
-    double began = seconds(), shown = began, loss_sum = 0;
+    double began = seconds(), shown = began, loss_sum = 0, tokens = 0;
     int begin = p.step, saved = -1, loss_count = 0;
     while (p.step < opt_steps) {
         double step_began = seconds();
-        Gradient g = train_gradient(&m, &data, dist, opt_seed, p.step, rows, opt_batch);
+        Gradient g = train_gradient(&m, &data, recipe, p.step);
         if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
-        AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip};
+        AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip, opt_ema};
         if (p.step == begin && opt_resume) saved = begin; // it has proved to be good
         model_update(&m, adamw, g.norm, ++p.step);
-        p.flops += flops_per_token(c, T, g.S, g.masked / ((double)rows * T), 1) * rows * T;
-        loss_sum += g.loss;
+        p.flops += training_flops(c, g.T, g.S, g.masked / ((double)rows * g.T), opt_recompute) * rows * g.T;
+        loss_sum += g.loss, tokens += (double)rows * g.T;
         loss_count++;
 
         double now = seconds(), per_step = (now - began) / (p.step - begin);
         int last = p.step == opt_steps, stop = interrupted, validates = num_val && !stop && (p.step % opt_val_every == 0 || last);
-        fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * T / (now - step_began), p.flops);
+        fprintf(log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", p.step, g.S, g.mean_t, g.loss, adamw.lr, g.norm, rows * g.T / (now - step_began), p.flops);
         if (validates || last || p.step == begin + 1 || now - shown > 5) { // the mean loss since the line before: 1/t makes single losses noisy
             int left = (int)(per_step * (opt_steps - p.step));
             printf("step %d/%d | loss %.4f | loops %d | norm %.2f | lr %.2e | %.0f tokens/s | %d:%02d left\n", p.step, opt_steps,
-                   loss_sum / loss_count, g.S, g.norm, adamw.lr, rows * T / per_step, left / 60, left % 60);
+                   loss_sum / loss_count, g.S, g.norm, adamw.lr, tokens / (now - began), left / 60, left % 60);
             shown = now;
             loss_sum = loss_count = 0;
         }
@@ -1916,14 +2171,16 @@ static void train(void) {
         for (int i = 0; i < num_val; i++) {
             fputc(',', log);
             if (!validates) continue;
-            double error, nelbo = evaluate(&m, &val, val_loops[i], opt_val_rows, opt_batch, opt_seed, &error);
+            Loops loops = {val_loops[i], 0, 0};
+            double nelbo = evaluate(&m, &val, loops, TIME_UNIFORM, opt_val_rows, opt_batch, opt_seed, NULL).nelbo;
             printf("  S=%d %.4f%s", val_loops[i], nelbo, i + 1 == num_val ? "\n" : "");
             fprintf(log, "%.6f", nelbo);
         }
         fputc('\n', log);
         if (fflush(stdout) || fflush(log)) die(FAILED, "cannot write log.csv in %s, or standard output: %s", opt_out, strerror(errno));
         if (p.step % opt_save_every == 0 || last || stop) { // a model is saved only if it still gives a finite loss
-            double error, now_loss = evaluate(&m, &data, c.max_loops, opt_batch, opt_batch, opt_seed, &error);
+            Loops loops = {c.max_loops, 0, 0};
+            double now_loss = evaluate(&m, &data, loops, TIME_UNIFORM, opt_batch, opt_batch, opt_seed, NULL).nelbo;
             if (!isfinite(now_loss)) stop_training(p.step, now_loss, g.norm, saved);
             checkpoint_save(&m, opt_out, p);
             saved = p.step;
@@ -1938,23 +2195,84 @@ static void train(void) {
     printf("step %d of %d is done; the model is in %s\n", p.step, opt_steps, opt_out);
 }
 
+// With --adaptive, its taus and the largest number of loops; else {0}, so that one loop serves both. Returns how many.
+static int parse_taus(double *taus, int most, int max_loops, Loops *l) {
+    static const char *const criteria[] = {"change", "second"};
+    int n = 0;
+    char *end;
+    l->S = max_loops, l->tau = taus[0] = 0, l->second = choose("criterion", opt_criterion, criteria, 2);
+    only_with("--adaptive", opt_adaptive != NULL, " max-loops criterion ");
+    if (!opt_adaptive) return 1;
+    if (opt_loops) die(USAGE, "--adaptive excludes --loops; --max-loops sets the most");
+    if (opt_max_loops > 0) l->S = opt_max_loops;
+    if (l->S > 100000) die(USAGE, "--max-loops %d are too many", l->S);
+    const char *text = opt_adaptive;
+    do {
+        double tau = strtod(text, &end);
+        if (end == text || (*end && *end != ',') || !(tau >= 0) || n == most) die(USAGE, "--adaptive takes %s, such as 0.1, not '%s'", most > 1 ? "numbers" : "one number", opt_adaptive);
+        taus[n++] = tau;
+        text = end + 1;
+    } while (*end);
+    l->tau = taus[0];
+    return n;
+}
+
+static SampleOptions sample_options(Loops loops, int steps, double temperature) {
+    static const char *const orders[] = {"random", "confidence", "margin", "entropy", "threshold"};
+    int order = choose("order", opt_order, orders, 5), score = order == ORDER_MARGIN ? SCORE_MARGIN : order == ORDER_ENTROPY ? SCORE_ENTROPY : SCORE_PROBABILITY;
+    if (opt_remask > 1 || opt_top_p > 1 || opt_threshold > 1) die(USAGE, "--remask, --top-p and --threshold are probabilities: at most 1");
+    only_with("--order threshold", order == ORDER_THRESHOLD, " threshold ");
+    if (opt_remask > 0 && order == ORDER_THRESHOLD) die(USAGE, "--remask needs a schedule of steps, which --order threshold has not");
+    SampleOptions o = {steps, order, opt_block, opt_threshold, opt_remask, loops, {temperature, opt_top_k, opt_top_p, score, opt_seed}};
+    return o;
+}
+
+#include "dev/analysis.h" // eval's tables by noise level and by loop, Sudoku and exact match; the command attention
+
 static void eval(void) {
     Model m;
+    Loops l;
+    double taus[MOST_LOOPS];
     if (!opt_model || !opt_data) die(USAGE, "eval needs --model and --data; see loopmdm eval --help");
-    int step = checkpoint_build(&m, opt_model), loops[MOST_LOOPS], n = evaluation_loops(m.config, loops, MOST_LOOPS), T = m.config.max_seq_len;
+    int step = checkpoint_build(&m, opt_model), loops[MOST_LOOPS], n = evaluation_loops(m.config, loops, MOST_LOOPS), T = m.config.max_seq_len, time = choose_time();
+    int num_taus = parse_taus(taus, MOST_LOOPS, m.config.max_loops, &l), B = min_int(opt_batch, opt_rows);
+    Tokenizer t;
+    int has_tokenizer = find_tokenizer(&t, &m, opt_model);
     Data data = data_open(opt_data, m.config.vocab_size, T);
+    fix_rows(&data, opt_data, has_tokenizer ? &t : NULL, T);
     if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
-    model_reserve(&m, min_int(opt_batch, opt_rows), T, 1, 0, 0);
-    checkpoint_load(&m, opt_model);
+    if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
+    if (opt_adaptive && (opt_by_t || opt_by_loop)) die(USAGE, "--by-t and --by-loop are for fixed numbers of loops: they exclude --adaptive");
+    only_with("--sudoku or --exact-match", opt_sudoku || opt_exact_match, " steps order threshold block remask temperature top-k top-p ");
+    only_with("--by-t", opt_by_t != NULL, " buckets ");
+    sample_options(l, 1, opt_eval_temperature); // dies if they make no sense
+    if (opt_sudoku + opt_exact_match + (opt_by_t != NULL) + (opt_by_loop != NULL) > 1) die(USAGE, "--sudoku, --exact-match, --by-t and --by-loop exclude each other");
+    model_reserve(&m, B, T, 1, 0, 0);
+    checkpoint_load(&m, opt_model, !opt_raw);
+    if (opt_sudoku || opt_exact_match) {
+        if (!has_tokenizer) die(FAILED, "%s has no tokenizer.bin; name one with --tokenizer", opt_model);
+        if (opt_exact_match && !opt_answers_after) die(USAGE, "--exact-match needs --answers-after");
+        eval_solutions(&m, step, &data, &t, l, loops, n, taus, num_taus, B);
+        return;
+    }
+    double nats_to_bits = has_tokenizer ? tokens_per_byte(&data, &t, opt_rows, T) / log(2) : NAN;
     printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
-    printf("loops  passes  NELBO, nats/token  perplexity at most  GFLOP/row  tokens/s\n");
-    for (int i = 0; i < n; i++) {
-        double began = seconds(), error, nelbo = evaluate(&m, &data, loops[i], opt_rows, min_int(opt_batch, opt_rows), opt_seed, &error);
-        if (!isfinite(nelbo)) die(FAILED, "--model: the loss of %s is %g at %d loops: its training went wrong", opt_model, nelbo, loops[i]);
-        printf("%5d  %6d    %.4f +- %.4f  %18.2f  %9.3f  %8.0f\n", loops[i], num_passes(m.config, loops[i]), nelbo, error, exp(nelbo),
-               flops_per_token(m.config, T, loops[i], 0.5, 0) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
+    printf("%sloops  passes  NELBO, nats/token  perplexity at most  bits/byte  GFLOP/row  tokens/s\n", opt_adaptive ? "   tau  " : "");
+    for (int i = 0; i < (opt_adaptive ? num_taus : n); i++) {
+        if (opt_adaptive) l.tau = taus[i];
+        else l.S = loops[i];
+        double began = seconds();
+        Evaluation e = evaluate(&m, &data, l, time, opt_rows, B, opt_seed, NULL);
+        double passes = num_passes(m.config, 0) + e.loops * (m.config.loop_end - m.config.loop_start);
+        if (!isfinite(e.nelbo)) die(FAILED, "--model: the loss of %s is %g at %d loops: its training went wrong", opt_model, e.nelbo, l.S);
+        if (opt_adaptive) printf("%6g  %5.2f  %6.2f", l.tau, e.loops, passes);
+        else printf("%5d  %6.0f", l.S, passes);
+        printf("    %.4f +- %.4f  %18.2f  %9.3f  %9.3f  %8.0f\n", e.nelbo, e.error, exp(e.nelbo), e.nelbo * nats_to_bits,
+               (pass_flops(m.config, T, passes) + 0.5 * head_flops(m.config)) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
         fflush(stdout);
     }
+    if (opt_by_t) eval_by_t(&m, &data, loops, n, time, B);
+    if (opt_by_loop) eval_by_loop(&m, &data, loops[n - 1], time, B);
     model_free(&m);
 }
 
@@ -1970,38 +2288,7 @@ static char *decode(const Tokenizer *t, const int *tokens, int T) {
     return text;
 }
 
-typedef struct { const Tokenizer *tokenizer; int lines; } Watch; // lines drawn so far, to be drawn over
-
-// Draws the text in place on a terminal, wrapped at its width; elsewhere as one line for each step.
-static void watch(const int *x, int T, int step, void *data) {
-    Watch *w = (Watch *)data;
-    char *text = decode(w->tokenizer, x, T), *s = text;
-    if (!isatty(1)) {
-        for (; *s; s++) *s = *s == '\n' ? ' ' : *s;
-        printf("%3d |%s%s\n", step + 1, *text == ' ' ? "" : " ", text);
-        free(text);
-        return;
-    }
-    struct winsize size;
-    int known = !ioctl(1, TIOCGWINSZ, &size) && size.ws_col > 8 && size.ws_row > 2;
-    int width = known ? size.ws_col - 1 : 79, height = known ? size.ws_row - 1 : 23;
-    if (w->lines) printf("\033[%dA", w->lines); // back up over the last drawing,
-    printf("\r\033[J");                        // and clear it
-    for (w->lines = 0; *s && w->lines < height; w->lines++) {
-        int n = (int)strcspn(s, "\n"), columns = 0, cut = 0, space = 0;
-        for (; cut < n && columns < width; cut++) { // continuation bytes of UTF-8 take no column
-            columns += (s[cut + 1] & 0xc0) != 0x80;
-            if (s[cut] == ' ') space = cut;
-        }
-        if (cut < n && space) cut = space;
-        printf("%.*s\n", cut, s);
-        s += cut + (s[cut] == '\n' || s[cut] == ' ');
-    }
-    fflush(stdout);
-    free(text);
-    struct timespec pause = {0, 60000000}; // long enough to be seen
-    nanosleep(&pause, NULL);
-}
+#include "dev/watch.h" // sample --watch and --show-loops: draws the text or board while it is denoised
 
 // A template to tokens: each run of three or more underscores is a blank of one token for every four begun, together with
 // the space before it, which belongs to the token.
@@ -2017,49 +2304,102 @@ static int encode_template(const Tokenizer *t, int *x, int mask, const char *s) 
     return n;
 }
 
+// What the sampler begins with: text as a prompt, a template or a board, to tokens x (most); returns T.
+static int encode_start(const Model *m, const Tokenizer *t, int *x, int most, const char *option, const char *text) {
+    int mask = m->config.vocab_size, given = 0, T, blanks = 0;
+    if (opt_puzzle) {
+        if ((T = encode_board(t, x, most, mask, text)) != most) die(USAGE, "--puzzle has %d cells; the model takes %d", T, most);
+    } else { // every text begins after an end-of-text
+        int *room = (int *)allocate(strlen(text) + 1, sizeof(int), "the text");
+        given = 1 + (opt_fill || opt_fill_file ? encode_template(t, room, mask, text) : (int)tokenizer_encode(t, room, text, strlen(text), option));
+        T = opt_fill || opt_fill_file ? given : opt_length < 0 ? most : opt_length;
+        if (given > T || T > most) die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", option, given, min_int(T, most));
+        x[0] = t->eot;
+        memcpy(x + 1, room, (given - 1) * sizeof(int));
+        for (int i = given; i < T; i++) x[i] = mask;
+        free(room);
+    }
+    for (int i = 0; i < T; i++) blanks += x[i] == mask;
+    if (!blanks && !opt_prompt) die(USAGE, "%s has no blank: write %s where a token is to be filled in", option, opt_puzzle ? "." : "____");
+    return T;
+}
+
+static char *read_text(const char *path) { // a whole file, with a zero after it; the caller frees it
+    FILE *file = fopen(path, "rb");
+    size_t size = 0, room = 1 << 16;
+    char *text = (char *)allocate(room, 1, path);
+    if (!file) die(FAILED, "cannot read %s: %s", path, strerror(errno));
+    for (size_t n; (n = fread(text + size, 1, room - size - 1, file)) > 0; size += n)
+        if (size + n + 1 == room && !(text = (char *)realloc(text, room *= 2))) die(FAILED, "no memory for %s", path);
+    if (ferror(file)) die(FAILED, "cannot read %s: %s", path, strerror(errno));
+    fclose(file);
+    text[size] = 0;
+    return text;
+}
+
 static void sample_command(void) {
-    static const char *const orders[] = {"random", "confidence"};
     Model m;
-    int order = choose("order", opt_order, orders, 2), loops;
+    Loops l;
+    double tau;
+    int steps;
     if (!opt_model) die(USAGE, "sample needs --model; see loopmdm sample --help");
-    if (opt_fill && (opt_prompt || opt_length >= 0)) die(USAGE, "--fill excludes --prompt and --length");
+    if (!!opt_prompt + !!opt_fill + !!opt_fill_file + !!opt_puzzle > 1) die(USAGE, "--prompt, --fill, --fill-file and --puzzle exclude each other");
+    if (opt_length >= 0 && (opt_fill || opt_fill_file || opt_puzzle)) die(USAGE, "--length excludes --fill, --fill-file and --puzzle, which have a length of their own");
     checkpoint_build(&m, opt_model);
     Tokenizer t = model_tokenizer(&m, opt_model);
-    int mask = m.config.vocab_size, most = m.config.max_seq_len, T = opt_length < 0 ? most : opt_length;
-    if (opt_loops) parse_loops(opt_loops, &loops, 1);
-    else loops = m.config.max_loops;
-    if (T > most) die(USAGE, "--length is %d; the model takes at most %d tokens", T, most);
-    const char *text = opt_fill ? opt_fill : opt_prompt ? opt_prompt : "";
-    int *start = (int *)allocate(strlen(text) + most + 1, sizeof(int), "the text"), given = 1; // every text begins after an end-of-text
-    start[0] = t.eot;
-    given += opt_fill ? encode_template(&t, start + 1, mask, text) : (int)tokenizer_encode(&t, start + 1, text, strlen(text), "--prompt");
-    if (given > T)
-        die(FAILED, "%s has %d tokens with the end-of-text before it; %d are possible", opt_fill ? "--fill" : "--prompt", given, T);
-    if (opt_fill) {
-        int blanks = 0;
-        for (int i = 0; i < given; i++) blanks += start[i] == mask;
-        if (!blanks) die(USAGE, "--fill has no blank: write ____ where a token is to be filled in");
-        T = given;
+    int most = m.config.max_seq_len, num_texts = 1;
+    parse_taus(&tau, 1, m.config.max_loops, &l);
+    if (opt_loops) parse_list("loops", opt_loops, &l.S, 1);
+    parse_list("steps", opt_sample_steps, &steps, 1);
+    SampleOptions o = sample_options(l, steps, opt_temperature);
+    if (opt_length > most) die(USAGE, "--length is %d; the model takes at most %d tokens", opt_length, most);
+    const char *option = opt_fill ? "--fill" : opt_fill_file ? "--fill-file" : opt_puzzle ? "--puzzle" : "--prompt";
+    char *templates = opt_fill_file ? read_text(opt_fill_file) : NULL;
+    const char *text = opt_fill ? opt_fill : opt_puzzle ? opt_puzzle : opt_prompt ? opt_prompt : "";
+    for (char *s = templates; s && *s; s++)
+        if (*s == '\n') *s = 0, num_texts += s[1] != 0;
+    if (templates) text = templates;
+
+    int B = opt_watch ? 1 : min_int(opt_n, 16), *start = (int *)allocate(most, sizeof(int), "the text"), *x = (int *)allocate((size_t)B * most, sizeof(int), "the texts");
+    int slots = max_int(steps, most), blanks = 0, printed = 0;
+    SampleReport report = {0, 0, 0, 0, (double *)allocate(2 * (size_t)slots, sizeof(double), "the report"), NULL};
+    report.step_loops = report.step_rows + slots;
+    for (int number = 0, at = 0; templates && number < num_texts; number++, at += (int)strlen(text + at) + 1) { // errors come before any text
+        char where[64];
+        snprintf(where, sizeof where, "--fill-file, template %d", number + 1);
+        encode_start(&m, &t, start, most, where, text + at);
     }
-    for (int i = given; i < T; i++) start[i] = mask;
-    int B = opt_watch ? 1 : min_int(opt_n, 16), *x = (int *)allocate((size_t)B * T, sizeof(int), "the texts");
-    SampleOptions o = {opt_sample_steps, loops, order, opt_temperature, opt_seed};
-    model_reserve(&m, B, T, 1, 0, 0);
-    checkpoint_load(&m, opt_model);
-    for (int first = 0; first < opt_n; first += B) {
-        int n = min_int(B, opt_n - first);
-        Watch w = {&t, 0};
-        for (int b = 0; b < n; b++) memcpy(x + b * T, start, T * sizeof(int));
-        sample(&m, x, n, T, o, first, opt_watch ? watch : NULL, &w);
-        for (int b = 0; b < n; b++) {
-            char *result = decode(&t, x + b * T, T);
-            if (w.lines) printf("\033[%dA\r\033[J", w.lines);
-            printf("%s\n%s", result, first + b + 1 < opt_n ? "\n" : "");
-            free(result);
+    model_reserve(&m, B, most, 1, 0, 0);
+    checkpoint_load(&m, opt_model, !opt_raw);
+    double began = seconds();
+    for (int number = 0; number < num_texts; number++, text += strlen(text) + 1) {
+        o.draw.seed = opt_seed + (uint64_t)number; // templates differ in length, and so in the places of their random numbers
+        int T = encode_start(&m, &t, start, most, option, text), side = opt_puzzle ? (int)lrint(sqrt(T)) : 0;
+        if (side * side != T && side) die(USAGE, "--puzzle: %d cells are no square", T);
+        for (int first = 0; first < opt_n; first += B) {
+            int n = min_int(B, opt_n - first);
+            Watch w = {&t, &m, 0, side, opt_show_loops ? l.S : 0};
+            for (int b = 0; b < n; b++) memcpy(x + b * T, start, T * sizeof(int));
+            for (int i = 0; i < n * T; i++) blanks += x[i] == m.config.vocab_size;
+            if (opt_show_loops) draw_each_loop(&w, x, T, 0);
+            sample(&m, x, n, T, o, first, &report, opt_watch ? watch : NULL, &w);
+            for (int b = 0; b < n; b++) {
+                char *result = side ? board_text(&t, x + b * T, side, 1) : decode(&t, x + b * T, T);
+                if (w.lines) printf("\033[%dA\r\033[J", w.lines), w.lines = 0;
+                printf("%s%s\n", printed++ ? "\n" : "", result);
+                free(result);
+            }
+            fflush(stdout);
         }
-        fflush(stdout);
     }
-    free(start), free(x);
+    double took = seconds() - began;
+    if (opt_adaptive) fprintf(stderr, "loops in each step:");
+    for (int i = 0; i < slots; i++)
+        if (opt_adaptive && report.step_rows[i]) fprintf(stderr, " %.1f", report.step_loops[i] / report.step_rows[i]);
+    if (opt_adaptive) fprintf(stderr, "\n");
+    fprintf(stderr, "%d tokens in %d forwards, %.2f loops on average, %.3f GFLOP, %.0f tokens/s\n", blanks, report.forwards, report.loops / fmax(1, report.rows),
+            report.flops * 1e-9, blanks / took);
+    free(start), free(x), free(templates), free(report.step_rows);
     model_free(&m);
 }
 
@@ -2094,29 +2434,40 @@ static void tokenize(void) {
     if (!in) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     if (info.st_size == 0 || info.st_size >= INT_MAX)
         die(FAILED, "%s has %lld bytes: from 1 byte to 2 GiB are possible", opt_input, (long long)info.st_size);
-    size_t size = (size_t)info.st_size, count = 0;
+    size_t size = (size_t)info.st_size, count = 0, room = 2 * size;
     char *text = (char *)allocate(size, 1, "the text");
     int *ids = (int *)allocate(size, sizeof(int), "tokens");
-    uint16_t *tokens = (uint16_t *)allocate(2 * size, sizeof *tokens, "tokens");
+    uint16_t *tokens = (uint16_t *)allocate(room, sizeof *tokens, "tokens");
     if (fread(text, 1, size, in) != size) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     fclose(in);
-    int stories = 0;
+    int stories = 0, too_long = 0;
     for (size_t begin = 0, end; begin < size; begin = end + t.length[t.eot]) { // as llm.c: an end-of-text before each story, no space around it
-        end = find_eot(&t, text, begin, size);
+        int special = -1;
+        for (end = begin; end < size; end += t.length[special]) // other special texts are a part of the story
+            if ((end = find_special(&t, text, end, size, &special)) == size || special == t.eot) break;
         size_t from = begin, to = end;
         while (from < to && isspace((unsigned char)text[from])) from++;
         while (to > from && isspace((unsigned char)text[to - 1])) to--;
         if (from == to) continue;
         size_t n = tokenizer_encode(&t, ids, text + from, to - from, opt_input);
+        if (opt_rows_of && n + 1 > (size_t)opt_rows_of) {
+            too_long++;
+            continue;
+        }
+        for (; opt_rows_of && count + opt_rows_of > room; room *= 2)
+            if (!(tokens = (uint16_t *)realloc(tokens, 2 * room * sizeof *tokens))) die(FAILED, "no memory for the rows of %s", opt_input);
         tokens[count++] = (uint16_t)t.eot;
         for (size_t i = 0; i < n; i++) tokens[count++] = (uint16_t)ids[i];
+        while (opt_rows_of && count % opt_rows_of) tokens[count++] = (uint16_t)t.eot;
         stories++;
     }
-    if (!count) die(FAILED, "%s has no text", opt_input);
+    if (!count) die(FAILED, too_long ? "%s: no story fits into --rows-of" : "%s has no text", opt_input);
+    if (count > INT_MAX) die(FAILED, "%s: the rows have %zu tokens; a shard holds 2^31 - 1 at most", opt_input, count);
     int header[HEADER_INTS] = {SHARD_MAGIC, 1, (int)count};
     const Part parts[] = {{header, sizeof header}, {tokens, count * sizeof *tokens}};
     write_file(opt_output, parts, 2);
-    printf("%s: %d stories, %zu tokens, %.2f bytes per token\n", opt_output, stories, count, (double)size / count);
+    if (opt_rows_of) printf("%s: %d rows of %d tokens; %d stories are longer and were left out\n", opt_output, stories, opt_rows_of, too_long);
+    else printf("%s: %d stories, %zu tokens, %.2f bytes per token\n", opt_output, stories, count, (double)size / count);
     free(text), free(ids), free(tokens);
 }
 
@@ -2157,19 +2508,21 @@ static void flops(void) {
     Model m;
     model_or_preset(&m);
     Config c = m.config;
-    printf("MFLOP per token at T = %d, V = %d (a multiply-add is two); the LM head on masked tokens only\n\n", c.max_seq_len, c.vocab_size);
-    printf("loops  passes   layers  attention     head  sampling, all masked  training, half masked  relative to S=1\n");
+    int T = c.max_seq_len;
+    printf("MFLOP per token at T = %d, V = %d (a multiply-add is two); the LM head on masked tokens only\n", T, c.vocab_size);
+    printf("a pass forward: %.3f, of which attention %.3f; backward: %.3f. The head of a masked token: %.3f, backward %.3f\n\n",
+           pass_flops(c, T, 1) * 1e-6, 4e-6 * T * c.channels, (training_flops(c, T, 1, 0, 0) / num_passes(c, 1) - pass_flops(c, T, 1)) * 1e-6,
+           head_flops(c) * 1e-6, 2e-6 * head_flops(c));
+    printf("loops  passes  forward, all masked  training, half masked  with --recompute  relative to S=1\n");
     for (int S = 1; S <= c.max_loops; S++) {
-        double attention = 4.0 * num_passes(c, S) * c.max_seq_len * c.channels, all = flops_per_token(c, c.max_seq_len, S, 0, 0);
-        printf("%5d  %6d  %7.3f  %9.3f  %7.3f  %20.3f  %21.3f  %15.2f\n", S, num_passes(c, S), (all - attention) * 1e-6, attention * 1e-6,
-               2e-6 * c.vocab_size * c.channels,
-               flops_per_token(c, c.max_seq_len, S, 1, 0) * 1e-6, flops_per_token(c, c.max_seq_len, S, 0.5, 1) * 1e-6,
-               flops_per_token(c, c.max_seq_len, S, 0.5, 1) / flops_per_token(c, c.max_seq_len, 1, 0.5, 1));
+        double step = training_flops(c, T, S, 0.5, 0);
+        printf("%5d  %6d  %19.3f  %21.3f  %16.3f  %15.2f\n", S, num_passes(c, S), (pass_flops(c, T, num_passes(c, S)) + head_flops(c)) * 1e-6, step * 1e-6,
+               training_flops(c, T, S, 0.5, 1) * 1e-6, step / training_flops(c, T, 1, 0.5, 0));
     }
 }
 
 int main(int argc, char **argv) {
-    static void (*const run[])(void) = {train, eval, sample_command, tokenize, info, flops};
+    static void (*const run[])(void) = {train, eval, sample_command, attention, tokenize, info, flops};
     signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
     int file; // if a standard stream is closed, no file opened later must take its place
     while ((file = open("/dev/null", O_RDWR)) >= 0 && file < 3) {}

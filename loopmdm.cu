@@ -412,17 +412,17 @@ static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const f
 
 // ---- noise ----
 
-__global__ void noise_kernel(int *x, float *weights, const int *targets, int V, uint64_t seed, uint64_t step, int first_row, int total_rows, int BT, int T) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void noise_kernel(int *x, float *weights, const int *targets, const int *given, int V, Noise n, int BT, int T) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, b = i / T;
     if (i >= BT) return;
-    double t = noise_level(seed, step, first_row + i / T, total_rows);
-    int masked = becomes_mask(seed, step, (uint64_t)first_row * T + i, t);
+    double density, t = noise_level(n, b, &density);
+    int masked = i % T >= given[b] && becomes_mask(n.seed, n.step, (uint64_t)n.first_row * T + i, t);
     x[i] = masked ? V : targets[i];
-    weights[i] = masked ? (float)(1 / (t * total_rows * T)) : 0;
+    weights[i] = masked ? (float)(1 / (t * density * n.total_rows * (T - given[b]))) : 0;
 }
 
-static void noise_forward(int *x, float *weights, const int *targets, int V, uint64_t seed, uint64_t step, int first_row, int total_rows, int B, int T) {
-    noise_kernel<<<blocks((size_t)B * T, THREADS), THREADS>>>(x, weights, targets, V, seed, step, first_row, total_rows, B * T, T);
+static void noise_forward(int *x, float *weights, const int *targets, const int *given, int V, Noise n, int B, int T) {
+    noise_kernel<<<blocks((size_t)B * T, THREADS), THREADS>>>(x, weights, targets, given, V, n, B * T, T);
     launched("noise");
 }
 
@@ -907,53 +907,98 @@ __global__ void row_loss_kernel(double *row_loss, const float *losses, const flo
 
 // ---- sampling: a block for each row ----
 
+// As in loopmdm.c, for the threads of a block, which have a stretch of the logits each. What counts is exp((l - largest) / temperature),
+// or with temperature 0 one, of logits not below least.
+__device__ static uint32_t threshold_of(const float *l, int begin, int end, double largest, double temperature, uint32_t least, double enough) {
+    uint32_t threshold = 0;
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        double sum = 0;
+        for (int v = begin; v < end; v++)
+            if (float_order(l[v]) >= max(threshold | bit, least)) sum += temperature > 0 ? exp((l[v] - largest) / temperature) : 1;
+        if (block_reduce(sum, 0) >= enough) threshold |= bit;
+    }
+    return max(threshold, least);
+}
+
 // As sample_token() in loopmdm.c. A thread has a stretch of the vocabulary; the thread whose stretch holds the draw looks for it there.
-__global__ void sample_kernel(int *token, double *confidence, const float *logits, const int *rows, int V, int ld, double temperature,
-                              uint64_t seed, uint64_t step, uint64_t first) {
+__global__ void sample_kernel(int *token, double *score, const float *logits, const int *rows, const int *ids, int T, int V, int ld, Draw d, uint64_t step) {
     __shared__ double sums[THREADS];
     __shared__ int owner;
     __shared__ int chosen;
     const float *l = logits + (size_t)blockIdx.x * ld;
-    int each = (V + THREADS - 1) / THREADS, begin = min(V, (int)threadIdx.x * each), end = min(V, begin + each), best = begin;
+    int each = (V + THREADS - 1) / THREADS, begin = min(V, (int)threadIdx.x * each), end = min(V, begin + each), best = begin, row = rows[blockIdx.x];
     for (int v = begin + 1; v < end; v++)
         if (l[v] > l[best]) best = v;
-    float largest = block_reduce(begin < end ? l[best] : -INFINITY, 1);
+    float largest = block_reduce(begin < end ? l[best] : -INFINITY, 1), next = -INFINITY;
     int likeliest = -block_reduce(begin < end && l[best] == largest ? -best : 1 - V, 1); // the lowest, if several are equal
-    double sum = 0, tempered = 0;
+    double sum = 0, entropy = 0, tempered = 0;
     for (int v = begin; v < end; v++) {
-        sum += exp((double)l[v] - largest);
-        if (temperature > 0) tempered += exp(((double)l[v] - largest) / temperature);
+        double e = exp((double)l[v] - largest);
+        sum += e;
+        entropy -= e * ((double)l[v] - largest);
+        if (v != likeliest && l[v] > next) next = l[v];
     }
     sum = block_reduce(sum, 0);
+    entropy = block_reduce(entropy, 0);
+    next = block_reduce(next, 1);
+    uint32_t least = d.temperature > 0 && d.top_k > 0 && d.top_k < V ? threshold_of(l, begin, end, largest, 0, 0, d.top_k) : 0;
+    for (int pass = 0; pass < 2 && d.temperature > 0; pass++) { // the second time with top_p
+        tempered = 0;
+        for (int v = begin; v < end; v++)
+            if (float_order(l[v]) >= least) tempered += exp((l[v] - (double)largest) / d.temperature);
+        if (pass || d.top_p >= 1) break;
+        least = threshold_of(l, begin, end, largest, d.temperature, least, d.top_p * block_reduce(tempered, 0));
+    }
     sums[threadIdx.x] = tempered;
     __syncthreads();
     if (threadIdx.x == 0) {
         double total = 0;
         for (int t = 0; t < THREADS; t++) total += sums[t];
-        double left = random_uniform(seed, STREAM_TOKEN, step, first + rows[blockIdx.x]) * total;
-        int t = 0, last = (V - 1) / each; // the last thread that has any
+        double left = random_uniform(d.seed, STREAM_TOKEN, step, (uint64_t)ids[row / T] * T + row % T) * total;
+        int t = 0, last = THREADS - 1; // the last thread that has anything to draw
+        while (last > 0 && sums[last] == 0) last--;
         while (t < last && left >= sums[t]) left -= sums[t++];
         owner = t, sums[t] = left, chosen = likeliest;
     }
     __syncthreads();
-    if (temperature > 0 && (int)threadIdx.x == owner) {
+    if (d.temperature > 0 && (int)threadIdx.x == owner) {
         double left = sums[owner];
-        int v = begin;
-        while (v < end - 1 && (left -= exp(((double)l[v] - largest) / temperature)) >= 0) v++;
-        chosen = v;
+        for (int v = begin; v < end && left >= 0; v++)
+            if (float_order(l[v]) >= least) chosen = v, left -= exp((l[v] - (double)largest) / d.temperature);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         token[blockIdx.x] = chosen;
-        confidence[blockIdx.x] = exp((double)l[chosen] - largest) / sum;
+        score[blockIdx.x] = d.score == SCORE_PROBABILITY ? exp((double)l[chosen] - largest) / sum
+                          : d.score == SCORE_MARGIN ? (1 - exp((double)next - largest)) / sum : -(log(sum) + entropy / sum);
     }
 }
 
-static void sample_forward(int *token, double *confidence, const float *logits, const int *rows, int R, int V, int ld, double temperature,
-                           uint64_t seed, uint64_t step, uint64_t first) {
-    sample_kernel<<<R, THREADS>>>(token, confidence, logits, rows, V, ld, temperature, seed, step, first);
+static void sample_forward(int *token, double *score, const float *logits, const int *rows, const int *ids, int R, int T, int V, int ld, Draw d, uint64_t step) {
+    sample_kernel<<<R, THREADS>>>(token, score, logits, rows, ids, T, V, ld, d, step);
     launched("sample");
 }
+
+// ---- adaptive loops: a block for each row, a warp for a position ----
+
+__global__ void state_change_kernel(double *change, const float *h, const float *before, const float *before2, int T, int C) {
+    int lane = threadIdx.x % WARP;
+    double sum = 0;
+    for (int t = threadIdx.x / WARP; t < T; t += blockDim.x / WARP) {
+        size_t at = ((size_t)blockIdx.x * T + t) * C;
+        double norm = 0, moved = 0;
+        for (int c = lane; c < C; c += WARP) {
+            double d = before2 ? (double)h[at + c] - 2.0 * before[at + c] + before2[at + c] : (double)h[at + c] - before[at + c];
+            norm += (double)h[at + c] * h[at + c];
+            moved += d * d;
+        }
+        sum += sqrt(warp_sum(moved) / warp_sum(norm)) / T;
+    }
+    sum = block_reduce(lane ? 0 : sum, 0);
+    if (threadIdx.x == 0) change[blockIdx.x] = sum;
+}
+
+static void copy_floats(float *to, const float *from, size_t n) { cuda_check(cudaMemcpy(to, from, n * sizeof(float), cudaMemcpyDeviceToDevice), "copying"); }
 
 // =====================================================================================================================
 // 4. Model
@@ -969,9 +1014,9 @@ typedef struct { // what a pass computes, kept for its backward
 
 typedef struct { // as in loopmdm.c, on the GPU but for row_loss
     Config config;
-    Tensors params, grads, moment1, moment2;
+    Tensors params, grads, moment1, moment2, ema;
     floatX *paramsx;                         // (total) what matrix products take: in bf16 a copy of params, else params
-    int training, recompute, max_B, max_T, max_S;
+    int keeps_ema, training, recompute, max_B, max_T, max_S;
     int head_rows, padded_logits;            // padded_logits: the distance of rows of logits, V rounded up
     void *memory[NUM_MEMORIES];
     size_t bytes[NUM_MEMORIES];
@@ -983,9 +1028,11 @@ typedef struct { // as in loopmdm.c, on the GPU but for row_loss
     floatX *lnf, *dlogits;                   // (head_rows,C), (head_rows,padded_logits); in fp32 dlogits take the place of logits
     float *losses, *dres, *dhead, *delta;    // (R), (B,T,C), (head_rows,C) of head_inp, (B,NH,T)
     floatX *dresx, *dln, *datty, *dwide;     // (B,T,C) a copy of dres, (B,T,C), (B,T,C), (B,T,4C) of fch, then (B,T,3C) of qkv
+    float *before, *before2, *settled;
     int *x, *targets, *rows, *count, *token; // count (1): of masked rows;  token (head_rows): sampled
+    int *given, *ids;                        // (B) tokens of a row that are context; the rows' numbers among all that are sampled
     float *weights;
-    double *row_loss_gpu, *row_loss, *confidence;
+    double *row_loss_gpu, *row_loss, *score, *change; // change (B)
     Parts parts;
     int B, T, S, R;
 } Model;
@@ -1027,24 +1074,25 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
     m->pass_bytes = place_acts(&unused, c, B, T, NULL);
     m->parts.size = training ? (size_t)2 * m->parts.blocks * TILE * TILE + 4 * C + 2 * blocks(m->params.total, SQUARES) : 0; // the last for gradient_norm()
-    size_t half = (size_t)T * (C / c.heads / 2), logits = R * m->padded_logits, grad = training ? BT * C : 0;
+    size_t half = (size_t)T * (C / c.heads / 2), logits = R * m->padded_logits, grad = training ? BT * C : 0, kept = training ? 0 : BT * C;
     const Place plan[] = {
         {&m->row_loss_gpu, B * sizeof(double)}, {&m->x, BT * 4}, {&m->targets, BT * 4}, {&m->rows, BT * 4}, {&m->count, 4}, {&m->weights, BT * 4},
-        {&m->token, R * 4}, {&m->confidence, R * sizeof(double)}, {&m->states, BT * C * 4 * (training ? P + 1 : 1)},
+        {&m->token, R * 4}, {&m->score, R * sizeof(double)}, {&m->change, B * sizeof(double)}, {&m->given, B * sizeof(int)}, {&m->ids, B * sizeof(int)}, {&m->states, BT * C * 4 * (training ? P + 1 : 1)},
         {&m->acts, m->pass_bytes * (training && !recompute ? P : 1)}, {&m->cosine, half * 4}, {&m->sine, half * 4},
         {&m->head_inp, R * C * 4}, {&m->lnf, R * C * X}, {&m->lnf_mean, R * 4}, {&m->lnf_rstd, R * 4}, {&m->logits, logits * 4},
         {&m->dlogits, BF16 && training ? logits * X : 0}, {&m->losses, BT * 4}, {&m->dres, grad * 4}, {&m->dhead, training ? R * C * 4 : 0},
         {&m->delta, training ? BT * c.heads * 4 : 0}, {&m->dresx, grad * X}, {&m->dln, grad * X}, {&m->datty, grad * X}, {&m->dwide, 4 * grad * X},
-        {&m->parts.memory, m->parts.size * 4},
+        {&m->before, kept * 4}, {&m->before2, kept * 4}, {&m->settled, kept * 4}, {&m->parts.memory, m->parts.size * 4},
     };
     m->bytes[ACTIVATIONS] = place(plan, sizeof plan / sizeof *plan, (char *)m->memory[ACTIVATIONS]);
     size_t n = m->params.total, after = (n + 63) / 64 * 64; // the copy's tensors are aligned as the parameters are
     m->bytes[PARAMETERS] = BF16 ? after * 4 + n * X : n * 4;
-    m->bytes[GRADIENTS] = training ? n * 4 : 0, m->bytes[OPTIMIZER] = training ? n * 8 : 0;
+    m->bytes[GRADIENTS] = training ? n * 4 : 0, m->bytes[OPTIMIZER] = training ? n * 4 * (2 + m->keeps_ema) : 0;
     tensors_build(&m->params, c, (float *)m->memory[PARAMETERS]);
     tensors_build(&m->grads, c, (float *)m->memory[GRADIENTS]);
     tensors_build(&m->moment1, c, (float *)m->memory[OPTIMIZER]);
     tensors_build(&m->moment2, c, m->memory[OPTIMIZER] ? m->moment1.data + n : NULL);
+    tensors_build(&m->ema, c, m->keeps_ema && m->memory[OPTIMIZER] ? m->moment2.data + n : NULL);
     if (!m->params.data) return;
     m->paramsx = (floatX *)(BF16 ? m->params.data + after : m->params.data);
     if (!BF16) m->dlogits = (floatX *)m->logits;
@@ -1109,7 +1157,8 @@ static void model_free(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
-static void tensors_read(float *to, const Tensors *from) { to_host(to, from->data, from->total * sizeof(float)); }
+static void read_memory(float *to, const float *from, size_t n) { to_host(to, from, n * sizeof(float)); }
+static void tensors_read(float *to, const Tensors *from) { read_memory(to, from->data, from->total); }
 static void tensors_write(Tensors *to, const float *from) { to_device(to->data, from, to->total * sizeof(float)); }
 
 __global__ void round_kernel(floatX *out, const float *inp, size_t n) {
@@ -1146,10 +1195,11 @@ static void model_tokens(Model *m, const int *x, int B, int T) {
     to_device(m->x, x, (size_t)B * T * sizeof(int));
 }
 
-static int model_noise(Model *m, const int *targets, int B, int T, uint64_t seed, uint64_t step, int first_row, int total_rows) {
+static int model_noise(Model *m, const int *targets, const int *given, Noise n, int B, int T) {
     model_tokens(m, targets, B, T);
     to_device(m->targets, targets, (size_t)B * T * sizeof(int));
-    noise_forward(m->x, m->weights, m->targets, m->config.vocab_size, seed, step, first_row, total_rows, B, T);
+    to_device(m->given, given, B * sizeof(int));
+    noise_forward(m->x, m->weights, m->targets, m->given, m->config.vocab_size, n, B, T);
     return m->R = masked_rows(m->rows, m->count, m->weights, B * T);
 }
 
@@ -1168,18 +1218,26 @@ static void pass_forward(Model *m, int p) {
     matmul_forward(StoreGelu{a.fch_gelu, a.fch, 4 * C, w[FCB]}, a.ln2, matrix(m, w[FCW]), BT, C, 4 * C);
 }
 
-static void model_forward(Model *m, int S) {
-    int C = m->config.channels, BT = m->B * m->T;
+static void model_embed(Model *m, int S) {
     if (m->training && S > m->max_S) die(FAILED, "a forward of %d loops is more than was reserved", S);
     m->S = S;
-    encoder_forward(m->states, m->x, m->params.tensor[WTE], m->params.tensor[WPE], m->B, m->T, C);
-    for (int p = 0; p < num_passes(m->config, S); p++) {
+    encoder_forward(m->states, m->x, m->params.tensor[WTE], m->params.tensor[WPE], m->B, m->T, m->config.channels);
+}
+
+static void model_passes(Model *m, int begin, int end) {
+    int C = m->config.channels, BT = m->B * m->T;
+    for (int p = begin; p < end; p++) {
         float *w[NUM_TENSORS];
         pass_forward(m, p);
         Acts a = pass_acts(m, p);
         pass_tensors(m, &m->params, p, w);
         matmul_forward(StoreResidual{pass_input(m, p + 1), a.res2, w[FCPROJB], C}, a.fch_gelu, matrix(m, w[FCPROJW]), BT, 4 * C, C);
     }
+}
+
+static void model_forward(Model *m, int S) {
+    model_embed(m, S);
+    model_passes(m, 0, num_passes(m->config, S));
 }
 
 static void model_backward(Model *m) {
@@ -1241,14 +1299,32 @@ static double model_loss(Model *m, int backward) {
     return loss;
 }
 
-static void model_sample(Model *m, int *token, double *confidence, const int *rows, int n, double temperature, uint64_t seed, uint64_t step, uint64_t first) {
+static void model_change(const Model *m, double *change, int second) {
+    state_change_kernel<<<m->B, THREADS>>>(m->change, m->states, m->before, second ? m->before2 : NULL, m->T, m->config.channels);
+    launched("state_change");
+    to_host(change, m->change, m->B * sizeof(double));
+}
+
+static void model_attention(const Model *m, int p, float *qkv, float *lse) {
+    Acts a = pass_acts(m, p);
+    size_t n = (size_t)3 * m->B * m->T * m->config.channels, rows = (size_t)m->B * m->config.heads * m->T;
+    floatX *copy = (floatX *)allocate(n, sizeof(floatX), "attention");
+    to_host(copy, a.qkv, n * sizeof(floatX));
+    for (size_t i = 0; i < n; i++) qkv[i] = (float)copy[i];
+    to_host(lse, a.lse, rows * sizeof(float));
+    for (size_t i = 0; i < rows; i++) lse[i] *= 0.69314718f; // from log 2
+    free(copy);
+}
+
+static void model_sample(Model *m, int *token, double *score, const int *rows, int n, const int *ids, Draw d, uint64_t step) {
     to_device(m->rows, rows, n * sizeof(int));
+    to_device(m->ids, ids, m->B * sizeof(int));
     for (int r0 = 0; r0 < n; r0 += m->head_rows) {
         int R = min_int(m->head_rows, n - r0);
         head_forward(m, m->rows + r0, R);
-        sample_forward(m->token, m->confidence, m->logits, m->rows + r0, R, m->config.vocab_size, m->padded_logits, temperature, seed, step, first);
+        sample_forward(m->token, m->score, m->logits, m->rows + r0, m->ids, R, m->T, m->config.vocab_size, m->padded_logits, d, step);
         to_host(token + r0, m->token, R * sizeof(int));
-        to_host(confidence + r0, m->confidence, R * sizeof(double));
+        to_host(score + r0, m->score, R * sizeof(double));
     }
 }
 
@@ -1275,7 +1351,8 @@ static double gradient_norm(const Model *m) {
     return sqrt(sum);
 }
 
-__global__ void adamw_kernel(float *p, floatX *px, float *grad, float *m1, float *m2, size_t n, float scale, float b1, float b2, float keep, float step_size, float correct, float eps) {
+__global__ void adamw_kernel(float *p, floatX *px, float *grad, float *m1, float *m2, float *average, size_t n, float scale, float b1, float b2, float keep,
+                             float step_size, float correct, float eps, float ema) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float g = scale * grad[i];
@@ -1283,6 +1360,7 @@ __global__ void adamw_kernel(float *p, floatX *px, float *grad, float *m1, float
     m2[i] = b2 * m2[i] + (1 - b2) * g * g;
     p[i] = keep * p[i] - step_size * m1[i] / (sqrtf(m2[i]) * correct + eps);
     grad[i] = 0;
+    if (average) average[i] = ema * average[i] + (1 - ema) * p[i];
     if (BF16) px[i] = (floatX)p[i];
 }
 
@@ -1293,8 +1371,8 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
         size_t n = m->params.size[t], at = m->params.tensor[t] - m->params.data;
-        adamw_kernel<<<blocks(n, THREADS), THREADS>>>(m->params.tensor[t], m->paramsx + at, m->grads.tensor[t], m->moment1.tensor[t], m->moment2.tensor[t], n,
-                                                      scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps);
+        adamw_kernel<<<blocks(n, THREADS), THREADS>>>(m->params.tensor[t], m->paramsx + at, m->grads.tensor[t], m->moment1.tensor[t], m->moment2.tensor[t], m->ema.tensor[t], n,
+                                                      scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps, (float)o.ema);
         launched("adamw");
     }
 }

@@ -14,6 +14,8 @@ of each kind, and "N passed, N failed". Exit status 1 if any failed. See README,
 #ifdef TEST_CUDA
 #include TEST_CUDA
 #else
+static unsigned long long gemm_flops; // of all matrix products so far
+#define GEMM_CALLED(M, N, K) __atomic_fetch_add(&gemm_flops, 2ULL * (M) * (N) * (K), __ATOMIC_RELAXED)
 #include "loopmdm.c"
 typedef float floatX;
 enum { BF16 = 0 };
@@ -32,6 +34,16 @@ static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from,
 #define BF16_HIDDEN 1.2e-2
 #define BF16_LOSS 2e-3
 #define BF16_GRADIENT 3.6e-2
+
+// A kernel on the emulation takes a hundred times as long, AddressSanitizer ten times: there what is random is repeated less often, and
+// runs are shorter.
+#if defined(TEST_CUDA) || defined(__SANITIZE_ADDRESS__)
+#define SLOW 1
+#define FEWER(n) ((n) / 10)
+#else
+#define SLOW 0
+#define FEWER(n) (n)
+#endif
 
 static int passed, failed;
 static struct { const char *kind; double error, tolerance; int count; } kinds[128];
@@ -75,7 +87,7 @@ static double count_different(const int *a, const int *b, size_t n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Against PyTorch
 
-typedef struct { char name[32]; int type, dims, size[4]; const void *data; size_t count; } DumpTensor;
+typedef struct { char name[33]; int type, dims, size[4]; const void *data; size_t count; } DumpTensor;
 typedef struct { const unsigned char *file; size_t bytes; DumpTensor *tensors; int n; } Dump;
 
 static Dump dump_open(const char *path) {
@@ -86,7 +98,7 @@ static Dump dump_open(const char *path) {
     size_t at = 1024;
     for (int i = 0; i < d.n; i++) {
         DumpTensor *t = &d.tensors[i];
-        memcpy(t, d.file + at, 56); // name, type, number of dimensions, four sizes
+        memcpy(t->name, d.file + at, 32), memcpy(&t->type, d.file + at + 32, 24); // type, number of dimensions, four sizes
         t->count = (size_t)t->size[0] * t->size[1] * t->size[2] * t->size[3];
         t->data = d.file + at + 56;
         at += 56 + t->count * (t->type == 3 ? 8 : 4);
@@ -114,6 +126,14 @@ static const float *floats(const Dump *d, const char *name, int S) {
 
 static const int *ints(const Dump *d, const char *name) { return (const int *)floats(d, name, 0); }
 
+static double number(const Dump *d, const char *name, const char *of, int i) { // element i of a tensor name/of of doubles, which need not be aligned
+    const DumpTensor *t = find(d, *of ? "%s/%s" : "%s", name, of);
+    double x;
+    if (!t || t->type != 3) die(FAILED, "the reference has no tensor %s/%s of doubles", name, of);
+    memcpy(&x, (const char *)t->data + i * sizeof x, sizeof x);
+    return x;
+}
+
 static void write_shard(const char *path, const int *tokens, int n) {
     int header[HEADER_INTS] = {SHARD_MAGIC, 1, n};
     uint16_t *t = (uint16_t *)allocate(n, 2, "a shard");
@@ -133,6 +153,13 @@ static void read_logits(float *to, const Model *m, int rows) { // (rows,V)
 #else
     memcpy(to, m->logits, (size_t)rows * V * sizeof(float));
 #endif
+}
+
+static void copy_parameters(Model *to, const Model *from) {
+    float *params = (float *)allocate(from->params.total, sizeof(float), "parameters");
+    tensors_read(params, &from->params);
+    model_set_parameters(to, params);
+    free(params);
 }
 
 static void clear_gradients(Model *m) {
@@ -155,7 +182,6 @@ static void check_reference(const char *path, const char *folder) {
     const int *shape = ints(&d, "config"), *loops = ints(&d, "loops"), seed = *ints(&d, "seed");
     Config c = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8]};
     int B = find(&d, "x")->size[0], T = find(&d, "x")->size[1], V = c.vocab_size, C = c.channels, num_loops = (int)find(&d, "loops")->count;
-    const int *targets = ints(&d, "targets");
     Shape shapes[NUM_TENSORS];
     tensor_shapes(c, shapes);
     Model m;
@@ -175,18 +201,26 @@ static void check_reference(const char *path, const char *folder) {
     size_t BT = (size_t)B * T;
     int *x = (int *)allocate(BT, sizeof(int), "x");
     float *weights = (float *)allocate(BT, sizeof(float), "weights");
-    double worst = 0;
-    for (int b = 0; b < B; b++) {
-        double want; // the file does not align doubles
-        memcpy(&want, (const char *)find(&d, "t")->data + b * sizeof want, sizeof want);
-        worst = worse(worst, fabs(noise_level(seed, 0, b, B) - want));
+    int R = 0, *given = (int *)allocate(B, sizeof(int), "given");
+    static const struct { const char *name, *targets, *x, *t, *weights; int time; } noises[] = {
+        {"answers", "answers_targets", "answers_x", NULL, "answers_weights", TIME_UNIFORM}, {"bell", "targets", "bell_x", "bell_t", "bell_weights", TIME_BELL},
+        {"uniform", "targets", "x", "t", "weights", TIME_UNIFORM}};
+    for (int k = 0; k < 3; k++) {
+        double worst = 0, density;
+        Noise noise = {(uint64_t)seed, 0, 0, B, noises[k].time};
+        Data answers = {NULL, 0, 0, T, k ? -1 : *ints(&d, "answers_sep")};
+        for (int b = 0; b < B; b++) {
+            if (noises[k].t) worst = worse(worst, fabs(noise_level(noise, b, &density) - number(&d, noises[k].t, "", b)));
+            given[b] = data_given(&answers, ints(&d, noises[k].targets) + b * T, T);
+        }
+        if (k == 0) check("context, rows that differ", count_different(given, ints(&d, "answers_given"), B), 0, "%s", name);
+        R = model_noise(&m, ints(&d, noises[k].targets), given, noise, B, T);
+        to_host(x, m.x, BT * sizeof(int));
+        to_host(weights, m.weights, BT * sizeof(float));
+        if (noises[k].t) check("noise level t", worst, 0, "%s %s", name, noises[k].name);
+        check("masks, tokens that differ", count_different(x, ints(&d, noises[k].x), BT), 0, "%s %s", name, noises[k].name);
+        check("weights", largest_difference(weights, floats(&d, noises[k].weights, 0), BT), 0, "%s %s", name, noises[k].name);
     }
-    int R = model_noise(&m, targets, B, T, seed, 0, 0, B);
-    to_host(x, m.x, BT * sizeof(int));
-    to_host(weights, m.weights, BT * sizeof(float));
-    check("noise level t", worst, 0, "%s", name);
-    check("masks, tokens that differ", count_different(x, ints(&d, "x"), BT), 0, "%s", name);
-    check("weights", largest_difference(weights, floats(&d, "weights", 0), BT), 0, "%s", name);
 
     // forward and backward at each S
     float *logits = (float *)allocate(BT * V, sizeof(float), "logits"), *state = (float *)allocate(BT * C, sizeof(float), "a state"), *grads = params;
@@ -222,37 +256,77 @@ static void check_reference(const char *path, const char *folder) {
     write_shard(shard, ints(&d, "tokens"), (int)find(&d, "tokens")->count);
     Data data = data_open(shard, V, c.max_seq_len);
     for (int s = 0; s < num_loops; s++) {
-        double error, want = floats(&d, "nelbo", 0)[s];
-        check("NELBO, relative", fabs(evaluate(&m, &data, loops[s], 10, B, seed, &error) - want) / want, TOLERANCE(1e-5, BF16_LOSS), "%s S=%d", name, loops[s]);
+        double want = floats(&d, "nelbo", 0)[s];
+        Loops l = {loops[s], 0, 0};
+        check("NELBO, relative", fabs(evaluate(&m, &data, l, TIME_UNIFORM, 10, B, seed, NULL).nelbo - want) / want, TOLERANCE(1e-5, BF16_LOSS), "%s S=%d", name, loops[s]);
     }
-    static const struct { const char *name; int order; double temperature; } samplers[] = {{"random", ORDER_RANDOM, 1}, {"confidence", ORDER_CONFIDENCE, 0.7}, {"greedy", ORDER_CONFIDENCE, 0}};
-    for (int k = 0; k < 3 && !BF16; k++) { // untrained, the likeliest tokens are too close together for bf16 to find the same
-        char trace[32];
-        snprintf(trace, sizeof trace, "sample_%s", samplers[k].name);
-        SampleOptions o = {5, loops[num_loops - 1], samplers[k].order, samplers[k].temperature, (uint64_t)seed};
-        Trace compared = {ints(&d, trace), (size_t)B * T, 0};
-        memcpy(x, ints(&d, "sample_given"), (size_t)B * T * sizeof(int));
-        sample(&m, x, B, T, o, 0, compare_step, &compared);
-        compared.different += count_different(x, compared.want + 4 * compared.size, compared.size);
-        check("sampler's trace, tokens that differ", compared.different, 0, "%s %s", name, samplers[k].name);
+    static const int scores[] = {SCORE_PROBABILITY, SCORE_PROBABILITY, SCORE_MARGIN, SCORE_ENTROPY, SCORE_PROBABILITY};
+    int traces = 0;
+    for (int k = 0; k < d.n && !BF16; k++) { // untrained, the likeliest tokens are too close together for bf16 to find the same
+        const char *which = d.tensors[k].name + strlen("sample_options/");
+        if (strncmp(d.tensors[k].name, "sample_options/", which - d.tensors[k].name)) continue;
+        double v[9];
+        for (int i = 0; i < 9; i++) v[i] = number(&d, "sample_options", which, i);
+        SampleOptions o = {(int)v[0], (int)v[1], (int)v[6], v[5], v[7], {loops[num_loops - 1], 0, 0}, {v[2], (int)v[3], v[4], scores[(int)v[1]], (uint64_t)v[8]}};
+        const DumpTensor *want = find(&d, "sample/%s", which);
+        Trace compared = {(const int *)want->data, BT, 0};
+        memcpy(x, ints(&d, "sample_given"), BT * sizeof(int));
+        sample(&m, x, B, T, o, 0, NULL, compare_step, &compared);
+        compared.different += count_different(x, compared.want + (want->size[0] - 1) * BT, BT);
+        check("sampler's trace, tokens that differ", compared.different, 0, "%s %s", name, which);
+        traces++;
+    }
+    check("samplers' traces, missing", !BF16 && traces < (V > 1000 ? 3 : 15), 0, "%s", name);
+
+    // adaptive loops of the rows of x
+    Model inference;
+    model_build(&inference, c);
+    model_reserve(&inference, B, T, 1, 0, 0);
+    copy_parameters(&inference, &m);
+    int *used = (int *)allocate(B, sizeof(int), "loops");
+    static const char *const criteria[] = {"change", "second", "zero"};
+    for (int k = 0; k < 3; k++) {
+        Loops l = {(int)number(&d, "adaptive_options", criteria[k], 2), number(&d, "adaptive_options", criteria[k], 0), (int)number(&d, "adaptive_options", criteria[k], 1)};
+        model_tokens(&inference, ints(&d, "x"), B, T);
+        adaptive_forward(&inference, l, used);
+        to_host(state, pass_input(&inference, num_passes(c, l.S)), BT * C * sizeof(float));
+        if (!BF16 || k == 2) // bf16's own rounding is a change
+            check("adaptive loops used, rows that differ", count_different(used, (const int *)find(&d, "adaptive_loops/%s", criteria[k])->data, B), 0, "%s %s", name, criteria[k]);
+        if (!BF16 || k == 2)
+            check("hidden states, adaptive, relative", relative_norm(state, (const float *)find(&d, "adaptive_hidden/%s", criteria[k])->data, BT * C),
+                  TOLERANCE(1e-5, BF16_HIDDEN), "%s %s", name, criteria[k]);
+    }
+    model_free(&inference);
+
+    // ten optimizer steps of two batches each, with S varying; then again with bell-shaped t, half the steps shorter, and an average
+    for (int k = 0; k < 2; k++) {
+        Model trained;
+        AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, k ? 0.9 : 0};
+        Recipe recipe = {LOOPS_UNIFORM, k ? TIME_BELL : TIME_UNIFORM, k ? 0.5 : 0, (uint64_t)seed, 2 * B, B};
+        double loss_error = 0, norm_error = 0, drawn_error = 0;
+        const float *loss = floats(&d, k ? "train2_loss" : "train_loss", 0), *norm = floats(&d, k ? "train2_norm" : "train_norm", 0);
+        const int *drawn = ints(&d, k ? "train2_loops" : "train_loops");
+        model_build(&trained, c);
+        trained.keeps_ema = k;
+        model_reserve(&trained, B, c.max_seq_len, c.max_loops, 1, 0);
+        copy_parameters(&trained, &m);
+        if (k) tensors_read(params, &m.params), tensors_write(&trained.ema, params);
+        for (int step = 0; step < 10; step++) {
+            Gradient g = train_gradient(&trained, &data, recipe, step);
+            o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
+            model_update(&trained, o, g.norm, step + 1);
+            loss_error = worse(loss_error, fabs(g.loss - loss[step]) / fmax(1, k ? loss[step] / 5 : 1)); // a row of one token may weigh much
+            norm_error = worse(norm_error, fabs(g.norm / norm[step] - 1));
+            drawn_error += g.S != drawn[step] || g.T != (k ? ints(&d, "train2_length")[step] : c.max_seq_len);
+        }
+        check("loops and lengths drawn, that differ", drawn_error, 0, "%s%s", name, k ? " bell, shorter" : "");
+        check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, 5 * BF16_LOSS), "%s%s", name, k ? " bell, shorter" : "");
+        check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s%s", name, k ? " bell, shorter" : "");
+        if (k) tensors_read(params, &trained.ema), check("average of parameters, relative", relative_norm(params, floats(&d, "train2_ema", 0), m.params.total), TOLERANCE(1e-4, 1e-2), "%s", name);
+        model_free(&trained);
     }
 
-    // ten optimizer steps of two batches each, with S varying
-    AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1};
-    double loss_error = 0, norm_error = 0, loops_error = 0;
-    for (int step = 0; step < 10; step++) {
-        Gradient g = train_gradient(&m, &data, LOOPS_UNIFORM, seed, step, 2 * B, B);
-        o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
-        model_update(&m, o, g.norm, step + 1);
-        loss_error = worse(loss_error, fabs(g.loss - floats(&d, "train_loss", 0)[step]));
-        norm_error = worse(norm_error, fabs(g.norm / floats(&d, "train_norm", 0)[step] - 1));
-        loops_error += g.S != ints(&d, "train_loops")[step];
-    }
-    check("loops drawn, that differ", loops_error, 0, "%s", name);
-    check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, 5 * BF16_LOSS), "%s", name);
-    check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s", name);
-
-    free(x), free(weights), free(logits), free(state), free(params), free(shard), free(d.tensors);
+    free(x), free(given), free(used), free(weights), free(logits), free(state), free(params), free(shard), free(d.tensors);
     munmap((void *)d.file, d.bytes);
     model_free(&m);
 }
@@ -541,17 +615,12 @@ static void build_small(Model *m, Config c, int B) { // parameters away from the
     free(params);
 }
 
-static void copy_parameters(Model *to, const Model *from) {
-    float *params = ARRAY(from->params.total);
-    tensors_read(params, &from->params);
-    model_set_parameters(to, params);
-    free(params);
-}
-
 static void set_batch(Model *m, int step, int first, int B, int total) { // rows of a step of total
     int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "targets");
     for (int i = 0; i < B * T; i++) targets[i] = (int)(random_bits(7, 0, step, first * T + i) % m->config.vocab_size);
-    model_noise(m, targets, B, T, 5, step, first, total);
+    int given[8] = {0};
+    Noise noise = {5, (uint64_t)step, first, total, TIME_UNIFORM};
+    model_noise(m, targets, given, noise, B, T);
     free(targets);
 }
 
@@ -665,10 +734,11 @@ static void check_model(void) {
     double masked = 0, expected = 0, spread = 0;
     for (int step = 0; step < 500; step++) {
         for (int b = 0; b < 8; b++) {
-            double t = noise_level(5, step, b, 8);
+            Noise noise = {5, (uint64_t)step, 0, 8, TIME_UNIFORM};
+            double density, t = noise_level(noise, b, &density);
             int bin = 0;
             for (int i = 0; i < 24; i++) masked += becomes_mask(5, step, b * 24 + i, t), expected += t;
-            for (int other_b = 0; other_b < 8; other_b++) bin += noise_level(5, step, other_b, 8) < t;
+            for (int other_b = 0; other_b < 8; other_b++) bin += noise_level(noise, other_b, &density) < t;
             spread = worse(spread, fabs(t - (bin + 0.5) / 8) - 0.5 / 8);
         }
     }
@@ -679,7 +749,7 @@ static void check_model(void) {
     double count[3][5] = {{0}};
     for (int step = 0; step < 20000; step++)
         for (int dist = 0; dist < 3; dist++) count[dist][draw_loops(c, dist, 9, step)] += 1 / 20000.0;
-    double ratio = flops_per_token(c, 24, 4, 0.5, 1) / flops_per_token(c, 24, 1, 0.5, 1);
+    double ratio = training_flops(c, 24, 4, 0.5, 0) / training_flops(c, 24, 1, 0.5, 0);
     check("p(S) uniform", fmax(fabs(count[0][1] - 0.25), fabs(count[0][4] - 0.25)), 0.015, "20000 steps");
     check("p(S) fixed", fabs(1 - count[1][4]), 1e-9, "20000 steps");
     check("p(S) flops: p(1)/p(4), relative", fabs(count[2][1] / count[2][4] / ratio - 1), 0.08, "20000 steps");
@@ -689,7 +759,7 @@ static void check_model(void) {
           + fabs(learning_rate(1, 0.1, 10, 110, 110) - 0.1), 1e-12, "warmup, top, middle, end");
 
     // only matrices decay, and a step with no gradient moves nothing else
-    AdamW o = {0.5, 0.9, 0.95, 1e-8, 0.1, 1};
+    AdamW o = {0.5, 0.9, 0.95, 1e-8, 0.1, 1, 0};
     clear_gradients(&m); // the moments are zero since model_reserve()
     model_update(&m, o, 0, 1);
     tensors_read(moved, &m.params);
@@ -714,7 +784,7 @@ static void check_threads(void) {
             set_batch(&m[k], step, 0, 4, 4);
             loss[k] = forward_loss(&m[k], 3, 1);
             norm[k] = gradient_norm(&m[k]);
-            AdamW o = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+            AdamW o = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
             model_update(&m[k], o, norm[k], step + 1);
         }
         params[k] = ARRAY(m[k].params.total);
@@ -727,19 +797,37 @@ static void check_threads(void) {
 #endif
 }
 
-// sample_forward() of logits (R,V) at these temperatures, wherever it runs
-static void sample_rows(int *token, double *confidence, const float *logits, const int *rows, int R, int V, double temperature) {
-    int *rows_ = (int *)device_array(R * sizeof(int)), *token_ = (int *)device_array(R * sizeof(int));
+// sample_forward() of logits (R,V), wherever it runs
+static void sample_rows(int *token, double *score, const float *logits, const int *rows, int R, int V, Draw draw) {
+    int *rows_ = (int *)device_array(R * sizeof(int)), *token_ = (int *)device_array(R * sizeof(int)), *ids_ = (int *)device_array(sizeof(int)), id = 0;
     float *logits_ = (float *)device_array((size_t)R * V * sizeof(float));
-    double *confidence_ = (double *)device_array(R * sizeof(double));
-    to_device(rows_, rows, R * sizeof(int)), to_device(logits_, logits, (size_t)R * V * sizeof(float));
+    double *score_ = (double *)device_array(R * sizeof(double));
+    to_device(rows_, rows, R * sizeof(int)), to_device(logits_, logits, (size_t)R * V * sizeof(float)), to_device(ids_, &id, sizeof id);
 #ifdef TEST_CUDA
-    sample_forward(token_, confidence_, logits_, rows_, R, V, V, temperature, 1, 2, 0);
+    sample_forward(token_, score_, logits_, rows_, ids_, R, R, V, V, draw, 2);
 #else
-    sample_forward(token_, confidence_, logits_, rows_, R, V, temperature, 1, 2, 0);
+    sample_forward(token_, score_, logits_, rows_, ids_, R, R, V, draw, 2);
 #endif
-    to_host(token, token_, R * sizeof(int)), to_host(confidence, confidence_, R * sizeof(double));
-    device_free(rows_), device_free(token_), device_free(logits_), device_free(confidence_);
+    to_host(token, token_, R * sizeof(int)), to_host(score, score_, R * sizeof(double));
+    device_free(rows_), device_free(token_), device_free(logits_), device_free(score_), device_free(ids_);
+}
+
+// The tokens from which these options draw, with what probability: by sorting, where loopmdm.c looks for a threshold by bisection.
+static void kept_probabilities(double *p, const float *logits, int V, Draw draw) {
+    double total = 0, *all = (double *)allocate(V, sizeof(double), "probabilities");
+    for (int v = 0; v < V; v++) p[v] = exp(logits[v] / draw.temperature);
+    for (int pass = 0; pass < 3; pass++) {
+        total = 0;
+        for (int v = 0; v < V; v++) total += all[v] = p[v];
+        for (int v = 0; v < V; v++) {
+            double larger = 0; // of those that are larger: how many, then their probability
+            for (int u = 0; u < V; u++)
+                if (logits[u] > logits[v]) larger += pass == 0 ? 1 : all[u] / total;
+            if (pass == 0 ? draw.top_k > 0 && larger >= draw.top_k : pass == 1 && draw.top_p < 1 && larger >= draw.top_p) p[v] = 0;
+        }
+    }
+    for (int v = 0; v < V; v++) p[v] /= total;
+    free(all);
 }
 
 static void check_sampler(void) {
@@ -753,45 +841,241 @@ static void check_sampler(void) {
     free(params);
     int given[3 * 24], x[3 * 24], alone[24];
     double changed = 0, masks = 0, batch = 0;
-    for (int k = 0; k < 40; k++) {
+    for (int k = 0; k < FEWER(100); k++) {
         for (int i = 0; i < 3 * 24; i++) given[i] = random_uniform(k, 1, 0, i) < 0.7 ? c.vocab_size : (int)(random_bits(k, 2, 0, i) % 50);
-        SampleOptions o = {1 + k % 30, 1 + k % 6, k % 2, k % 3 * 0.5, (uint64_t)k};
+        static const int scores[] = {SCORE_PROBABILITY, SCORE_PROBABILITY, SCORE_MARGIN, SCORE_ENTROPY, SCORE_PROBABILITY};
+        int order = k % 5; // 24 positions are up to 5 blocks of 5
+        SampleOptions o = {5 + k % 30, order, k % 7 == 3 ? 5 : 0, 0.05, order == ORDER_THRESHOLD || k % 2 ? 0 : 0.3, {1 + k % 6, k % 4 == 1 ? 0.2 : 0, k % 8 == 1}, {k % 3 * 0.5, k % 11 ? 0 : 4, k % 13 ? 1 : 0.7, scores[order], (uint64_t)k}};
         memcpy(x, given, sizeof x);
-        sample(&m, x, 3, 24, o, 0, NULL, NULL);
+        sample(&m, x, 3, 24, o, 0, NULL, NULL, NULL);
         for (int i = 0; i < 3 * 24; i++) changed += given[i] != c.vocab_size && x[i] != given[i], masks += x[i] >= c.vocab_size;
         memcpy(alone, given + 24, sizeof alone);
-        sample(&m, alone, 1, 24, o, 1, NULL, NULL);
+        sample(&m, alone, 1, 24, o, 1, NULL, NULL, NULL);
         batch += count_different(alone, x + 24, 24);
     }
-    check("given tokens that changed", changed, 0, "40 samples of 3 rows");
-    check("masks left", masks, 0, "40 samples of 3 rows");
-    check("alone or in a batch, that differ", batch, 0, "40 samples of 3 rows");
+    check("given tokens that changed", changed, 0, "samples of 3 rows");
+    check("masks left", masks, 0, "samples of 3 rows");
+    check("alone or in a batch, that differ", batch, 0, "samples of 3 rows");
     model_free(&m);
 
-    // 20,000 draws follow softmax(logits / temperature): chi-square with V - 1 degrees of freedom, whose mean that is; it exceeds the
-    // limit with a probability of 0.001
-    static const struct { int V; double temperature, limit; } draws[] = {{5, 1, 18.5}, {5, 0.5, 18.5}, {300, 1, 381}};
-    enum { DRAWS = 20000 };
-    for (int k = 0; k < 3; k++) {
+    // Draws follow softmax(logits / temperature), cut by top-k and top-p: chi-square with n - 1 degrees of freedom for n tokens kept, whose
+    // mean that is; it exceeds the limit with a probability of 0.001
+    static const struct { int V; Draw draw; double limit; } draws[] = {
+        {5, {1, 0, 1, SCORE_PROBABILITY, 1}, 18.5}, {5, {0.5, 0, 1, SCORE_MARGIN, 1}, 18.5}, {300, {1, 0, 1, SCORE_ENTROPY, 1}, 381}, {300, {1, 20, 1, SCORE_PROBABILITY, 1}, 43.8},
+        {300, {0.7, 0, 0.6, SCORE_PROBABILITY, 1}, 200}, {300, {2, 40, 0.8, SCORE_ENTROPY, 1}, 73.4}};
+    enum { DRAWS = FEWER(20000) };
+    for (int k = 0; k < COUNT(draws); k++) {
         int V = draws[k].V, *rows = (int *)allocate(DRAWS, sizeof(int), "rows"), *token = (int *)allocate(DRAWS, sizeof(int), "tokens"), *count = (int *)allocate(V, sizeof(int), "counts");
+        Draw draw = draws[k].draw;
         float *logits = ARRAY((size_t)DRAWS * V);
-        double *confidence = (double *)allocate(DRAWS, sizeof(double), "confidences"), *p = (double *)allocate(V, sizeof(double), "p"), total = 0, sum = 0, chi = 0, worst = 0;
+        double *score = (double *)allocate(DRAWS, sizeof(double), "scores"), *p = (double *)allocate(V, sizeof(double), "p"), sum = 0, chi = 0, worst = 0, entropy = 0, outside = 0;
         for (int r = 0; r < DRAWS; r++)
             for (int v = 0; v < V; v++) logits[(size_t)r * V + v] = 3 * (float)random_uniform(8, 0, 0, v);
-        for (int v = 0; v < V; v++) total += p[v] = exp(logits[v] / draws[k].temperature), sum += exp((double)logits[v]);
-        for (int r = 0; r < DRAWS; r++) rows[r] = r;
-        sample_rows(token, confidence, logits, rows, DRAWS, V, draws[k].temperature);
-        for (int r = 0; r < DRAWS; r++) count[token[r]]++, worst = worse(worst, fabs(confidence[r] - exp((double)logits[token[r]]) / sum));
-        for (int v = 0; v < V; v++) chi += pow(count[v] - DRAWS * p[v] / total, 2) / (DRAWS * p[v] / total);
-        check(V == 5 ? "draws, chi-square of 5 tokens" : "draws, chi-square of 300 tokens", chi, draws[k].limit, "temperature %g", draws[k].temperature);
-        check("confidence of a draw", worst, 1e-12, "%d tokens", V);
-        int best = 0;
+        int best = 0, next = -1, kept = 0;
         for (int v = 1; v < V; v++) best = logits[v] > logits[best] ? v : best;
-        sample_rows(token, confidence, logits, rows, 1, V, 0);
+        for (int v = 0; v < V; v++) next = v != best && (next < 0 || logits[v] > logits[next]) ? v : next, sum += exp((double)logits[v]);
+        for (int v = 0; v < V; v++) entropy -= exp((double)logits[v]) / sum * (logits[v] - log(sum));
+        kept_probabilities(p, logits, V, draw);
+        for (int r = 0; r < DRAWS; r++) rows[r] = r;
+        sample_rows(token, score, logits, rows, DRAWS, V, draw);
+        for (int r = 0; r < DRAWS; r++) {
+            double likelihood = exp((double)logits[token[r]]) / sum, margin = (exp((double)logits[best]) - exp((double)logits[next])) / sum;
+            count[token[r]]++;
+            worst = worse(worst, fabs(score[r] - (draw.score == SCORE_PROBABILITY ? likelihood : draw.score == SCORE_MARGIN ? margin : -entropy)));
+        }
+        for (int v = 0; v < V; v++) {
+            if (p[v] > 0) kept++, chi += pow(count[v] - DRAWS * p[v], 2) / (DRAWS * p[v]);
+            else outside += count[v];
+        }
+        check(V == 5 ? "draws, chi-square of 5 tokens" : kept == V ? "draws, chi-square of 300 tokens" : "draws, chi-square of the tokens kept", chi, draws[k].limit, "temperature %g, top-k %d, top-p %g: %d tokens", draw.temperature, draw.top_k, draw.top_p, kept);
+        check("draws outside top-k and top-p", outside, 0, "%d tokens", kept);
+        check("score of a draw", worst, 1e-12, "%d tokens", V);
+        draw.temperature = 0;
+        sample_rows(token, score, logits, rows, 1, V, draw);
         check("temperature 0 takes the likeliest", token[0] != best, 0, "%d tokens", V);
-        free(rows), free(token), free(count), free(logits), free(confidence), free(p);
+        free(rows), free(token), free(count), free(logits), free(score), free(p);
     }
 }
+
+// A model so small that all that can happen can be enumerated: T = 3 positions of V = 3 tokens.
+enum { TINY = 3, STATES = 64 }; // states: each position is a token or MASK (3), a digit of a number in base 4
+
+static void tiny_model(Model *m) {
+    Config c = {TINY, TINY, 64, 2, 2, 8, 0, 1, 3};
+    model_build(m, c);
+    model_reserve(m, STATES, TINY, 1, 0, 0);
+    float *params = ARRAY(m->params.total);
+    init_parameters(params, c, 21);
+    for (size_t i = 0; i < m->params.total; i++) params[i] += (float)(1.5 * (random_uniform(21, 99, 0, i) - 0.5)); // far from uniform
+    model_set_parameters(m, params);
+    free(params);
+}
+
+static void tiny_tokens(int *x) { // all states (STATES,TINY)
+    for (int s = 0; s < STATES; s++)
+        for (int t = 0; t < TINY; t++) x[s * TINY + t] = s >> 2 * t & 3;
+}
+
+// Logits of every state and position (STATES,TINY,TINY), of positions that are MASK
+static void tiny_logits(Model *m, float *logits, int S) {
+    int x[STATES * TINY], rows[STATES * TINY];
+    tiny_tokens(x);
+    for (int i = 0; i < STATES * TINY; i++) rows[i] = i;
+    model_tokens(m, x, STATES, TINY);
+    model_forward(m, S);
+    int *rows_ = (int *)device_array(sizeof rows);
+    to_device(rows_, rows, sizeof rows);
+    for (int r0 = 0; r0 < STATES * TINY; r0 += m->head_rows) {
+        int n = min_int(m->head_rows, STATES * TINY - r0);
+        head_forward(m, rows_ + r0, n);
+        read_logits(logits + r0 * TINY, m, n);
+    }
+    device_free(rows_);
+}
+
+// The ancestral sampler against its exact distribution over all 27 texts, for temperatures, top-k, top-p and remasking: the probabilities of
+// all states, step after step. Chi-square with 26 degrees of freedom or fewer.
+static void check_posterior(void) {
+    static const struct { int steps; double remask; Draw draw; } cases[] = {
+        {1, 0, {1, 0, 1, SCORE_PROBABILITY, 1}}, {4, 0, {1, 0, 1, SCORE_PROBABILITY, 2}}, {4, 0, {0.6, 0, 1, SCORE_PROBABILITY, 3}}, {3, 0, {1.5, 2, 1, SCORE_PROBABILITY, 4}},
+        {5, 0, {1, 0, 0.7, SCORE_PROBABILITY, 5}}, {6, 0.3, {1, 0, 1, SCORE_PROBABILITY, 6}}, {4, 1, {0.8, 2, 0.9, SCORE_PROBABILITY, 7}}};
+    Model m;
+    tiny_model(&m);
+    float logits[STATES * TINY * TINY];
+    tiny_logits(&m, logits, 2);
+    enum { TEXTS = FEWER(FEWER(19200)) };
+    int *x = (int *)allocate(TEXTS * TINY, sizeof(int), "texts");
+    for (int k = 0; k < COUNT(cases); k++) {
+        double p[STATES] = {0}, p_next[STATES], draw[STATES][TINY][TINY], chi = 0, count[STATES] = {0};
+        for (int s = 0; s < STATES; s++)
+            for (int t = 0; t < TINY; t++) kept_probabilities(draw[s][t], logits + (s * TINY + t) * TINY, TINY, cases[k].draw);
+        p[STATES - 1] = 1;
+        for (int j = 0; j < cases[k].steps; j++) {
+            double N = cases[k].steps, sigma = j ? fmin(cases[k].remask, (N - j - 1) / j) : 0, reveal = (1 + sigma * j) / (N - j);
+            memset(p_next, 0, sizeof p_next);
+            for (int s = 0; s < STATES; s++)
+                for (int to = 0; to < STATES && p[s] > 0; to++) {
+                    double q = p[s];
+                    for (int t = 0; t < TINY; t++) {
+                        int a = s >> 2 * t & 3, b = to >> 2 * t & 3;
+                        if (a == TINY) q *= b == TINY ? 1 - reveal : reveal * draw[s][t][b];
+                        else q *= b == TINY ? sigma : a == b ? 1 - sigma : 0;
+                    }
+                    p_next[to] += q;
+                }
+            memcpy(p, p_next, sizeof p);
+        }
+        SampleOptions o = {cases[k].steps, ORDER_RANDOM, 0, 0, cases[k].remask, {2, 0, 0}, cases[k].draw};
+        for (int first = 0; first < TEXTS; first += STATES) {
+            for (int i = 0; i < STATES * TINY; i++) x[i] = TINY;
+            sample(&m, x, STATES, TINY, o, first, NULL, NULL, NULL);
+            for (int b = 0; b < STATES; b++) count[x[b * TINY] | x[b * TINY + 1] << 2 | x[b * TINY + 2] << 4]++;
+        }
+        for (int s = 0; s < STATES; s++) {
+            if (p[s] > 1e-12) chi += pow(count[s] - TEXTS * p[s], 2) / (TEXTS * p[s]);
+            else chi += count[s] > 0 ? INFINITY : 0;
+        }
+        check("texts of the ancestral sampler, chi-square", chi, 54.1, "%d steps, temperature %g, top-k %d, top-p %g, remask %g", cases[k].steps, cases[k].draw.temperature, cases[k].draw.top_k,
+              cases[k].draw.top_p, cases[k].remask); // 0.001 for 26 degrees of freedom
+    }
+    free(x);
+
+    // the NELBO of one text against the sum over all masks, integrated over t, for both ways of drawing t: within 4 standard errors
+    int text[TINY] = {2, 0, 1};
+    double exact = 0, by_count[TINY + 1] = {0}; // sums of cross entropies over the masks with that many masked
+    for (int mask = 1; mask < 8; mask++) {
+        int s = 0, n = 0;
+        for (int t = 0; t < TINY; t++) s |= (mask >> t & 1 ? TINY : text[t]) << 2 * t, n += mask >> t & 1;
+        for (int t = 0; t < TINY; t++) {
+            const float *l = logits + (s * TINY + t) * TINY;
+            if (mask >> t & 1) by_count[n] += log(exp((double)l[0]) + exp((double)l[1]) + exp((double)l[2])) - l[text[t]];
+        }
+    }
+    for (int i = 0; i < 100000; i++) {
+        double t = 1e-3 + (1 - 1e-3) * (i + 0.5) / 100000;
+        for (int n = 1; n <= TINY; n++) exact += pow(t, n) * pow(1 - t, TINY - n) / t * by_count[n] / TINY / 100000;
+    }
+    uint16_t tokens[TINY] = {2, 0, 1};
+    Shard shard = {tokens, TINY};
+    Data data = {&shard, 1, TINY, 1, -1};
+    int rows = FEWER(FEWER(38400));
+    for (int time = 0; time < 2; time++) {
+        Loops l = {2, 0, 0};
+        Evaluation e = evaluate(&m, &data, l, time, rows, STATES, 3, NULL);
+        check("NELBO against all masks, standard errors", fabs(e.nelbo - exact) / e.error, TOLERANCE(4, 8), "t %s: %.4f +- %.4f, exact %.4f", time ? "bell-shaped" : "uniform", e.nelbo, e.error, exact);
+        check("NELBO's standard error, relative", e.error / exact, 0.025 * sqrt(38400.0 / rows), "t %s", time ? "bell-shaped" : "uniform");
+    }
+    model_free(&m);
+}
+
+// Adaptive loops: with tau = 0 as many as fixed, and rows that stop early do not change the others.
+static void check_adaptive(void) {
+    enum { B = 6, T = 24, S = 9 };
+    Config c = small_config(1, 3);
+    Model m;
+    model_build(&m, c);
+    model_reserve(&m, B, T, 1, 0, 0);
+    float *params = ARRAY(m.params.total), *fixed = ARRAY(B * T * c.channels), *state = ARRAY(B * T * c.channels);
+    init_parameters(params, c, 3);
+    model_set_parameters(&m, params);
+    int x[B * T], used[B], one[1], row = T * c.channels;
+    for (int i = 0; i < B * T; i++) x[i] = random_uniform(5, 1, 0, i) < i / T / (B - 1.0) ? c.vocab_size : (int)(random_bits(5, 2, 0, i) % 50); // ever more masks
+    Loops l = {S, 0, 0};
+    model_tokens(&m, x, B, T);
+    model_forward(&m, S);
+    to_host(fixed, m.states, B * row * sizeof(float));
+    adaptive_forward(&m, l, used);
+    to_host(state, m.states, B * row * sizeof(float));
+    check("tau = 0 equals fixed loops", largest_difference(state, fixed, B * row), 0, "%d loops", S);
+    for (int second = 0; second < 2; second++) {
+        double different = 0, fewest = S, most = 0, tau = second ? 0.03 : 0.1;
+        l.second = second;
+        for (; fewest == most || fewest == S; tau *= 1.1) { // until rows differ
+            if (tau > 10) break;
+            l.tau = tau, fewest = S, most = 0;
+            model_tokens(&m, x, B, T);
+            adaptive_forward(&m, l, used);
+            for (int b = 0; b < B; b++) fewest = fmin(fewest, used[b]), most = fmax(most, used[b]);
+        }
+        to_host(state, m.states, B * row * sizeof(float));
+        for (int b = 0; b < B; b++) {
+            model_tokens(&m, x + b * T, 1, T);
+            adaptive_forward(&m, l, one);
+            to_host(fixed, m.states, row * sizeof(float));
+            different = worse(different, largest_difference(fixed, state + b * row, row) + abs(one[0] - used[b]));
+            model_tokens(&m, x + b * T, 1, T); // and as many loops, but fixed: only the tail's passes have another number
+            model_forward(&m, used[b]);
+            to_host(fixed, m.states, row * sizeof(float));
+            different = worse(different, largest_difference(fixed, state + b * row, row));
+        }
+        check("adaptive: rows alone, and fixed, differ", different, 0, "%s, %g to %g loops", second ? "second" : "change", fewest, most);
+        check("adaptive: rows differ in loops", fewest == most, 0, "%s", second ? "second" : "change");
+    }
+    free(params), free(fixed), free(state);
+    model_free(&m);
+}
+
+#ifndef TEST_CUDA
+// The count of operations is that of the matrix products made.
+static void check_flops(void) {
+    Config c = small_config(1, 3);
+    for (int recompute = 0; recompute < 2; recompute++) {
+        Model m;
+        model_build(&m, c);
+        model_reserve(&m, 4, 24, 5, 1, recompute);
+        set_batch(&m, 0, 0, 4, 4);
+        double before = (double)gemm_flops;
+        model_forward(&m, 3);
+        double forward = (double)gemm_flops - before, want = pass_flops(c, 24, num_passes(c, 3)) * 4 * 24;
+        check("FLOPs of a forward, relative", fabs(forward / want - 1), 1e-12, "%.0f", want);
+        before = (double)gemm_flops - forward;
+        model_loss(&m, 1);
+        want = training_flops(c, 24, 3, m.R / 96.0, recompute) * 96;
+        check("FLOPs of a training step, relative", fabs(((double)gemm_flops - before) / want - 1), 1e-12, "recompute %d: %.0f", recompute, want);
+        model_free(&m);
+    }
+}
+#endif
 
 // A tokenizer of the 256 bytes, some merges in the order they were learned, and end-of-text.
 static void write_tokenizer(const char *path, int version, int declared) {
@@ -905,6 +1189,94 @@ static void edit_file(const char *from, const char *to, long at, int value, long
     fclose(f), fclose(g);
 }
 
+// Boards, prompts and answers, tables and templates, through the command line. A model that has learned one board, or one answer, by heart
+// must get it right.
+static void check_tasks(const char *d) {
+    static const char tokenizer[] = "." "1234" "?" "#" " "; // ids 0 to 7, then end-of-text and the separator
+    char err[1024], out[1024], path[1200], fixed[2400];
+    unsigned char bytes[64];
+    int n = 0, header[HEADER_INTS] = {TOKENIZER_MAGIC, 2, 10, 8};
+    for (int i = 0; i < 8; i++) bytes[n++] = 1, bytes[n++] = (unsigned char)tokenizer[i];
+    bytes[n++] = 13, memcpy(bytes + n, "<|endoftext|>", 13), n += 13;
+    bytes[n++] = 7, memcpy(bytes + n, "<|sep|>", 7), n += 7;
+    const Part parts[] = {{header, sizeof header}, {bytes, (size_t)n}};
+    snprintf(path, sizeof path, "%s/board.tok", d);
+    write_file(path, parts, 2);
+    int board[48] = {0, 2, 3, 4, 0, 4, 1, 2, 2, 0, 4, 3, 4, 3, 2, 0, 1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1}; // a puzzle, its solution
+    snprintf(path, sizeof path, "%s/board.bin", d);
+    write_shard(path, board + 16, 16);
+    snprintf(path, sizeof path, "%s/puzzle.bin", d);
+    write_shard(path, board, 32);
+    snprintf(fixed, sizeof fixed, "--tokenizer %s/board.tok --model d2 --layers 3 --loop 1:2 --batch 4 --warmup 2 --lr 1e-2 --steps 120", d);
+    check("train on boards, exit status", run(err, out, d, "train %s --data %s/board.bin --fixed-rows --seq-len 16 --out %s/boards", fixed, d, d), 0, "120 steps");
+    check("eval --sudoku, exit status", run(err, out, d, "eval --model %s/boards --data %s/puzzle.bin --sudoku --steps 1,3 --loops 2", d, d), 0, "");
+    check("a board known by heart is solved", !strstr(out, "100.00 %"), 0, "4 x 4");
+    check("sample --puzzle, exit status", run(err, out, d, "sample --model %s/boards --puzzle '.234 .412 2.43 432.' --temperature 0 --watch --show-loops", d), 0, "");
+    check("a board is drawn", !strstr(out, "1 2 | 3 4\n3 4 | 1 2\n---------\n2 1 | 4 3\n4 3 | 2 1\n") || !strstr(out, "  0, loop  4 | 1234 3412 2143 4321\n"), 0, "as a grid, and in a line for each loop");
+    check("a report of what it took", !strstr(err, "forwards") || !strstr(err, "GFLOP"), 0, "on the standard error");
+
+    // question "2 2 ?" with the answer "# 4", and one for which it is wrong
+    int row[32] = {8, 2, 7, 2, 5, 9, 6, 7, 4, 8, 8, 8, 8, 8, 8, 8};
+    memcpy(row + 16, row, 16 * sizeof(int));
+    row[16 + 8] = 3;
+    snprintf(path, sizeof path, "%s/answer.bin", d);
+    write_shard(path, row, 16);
+    snprintf(path, sizeof path, "%s/answers.bin", d);
+    write_shard(path, row, 32);
+    check("train on answers, exit status", run(err, out, d, "train %s --data %s/answer.bin --answers-after '<|sep|>' --seq-len 16 --init %s/boards --out %s/answering", fixed, d, d, d), 0, "120 steps from --init");
+    check("eval --exact-match, exit status", run(err, out, d, "eval --model %s/answering --data %s/answers.bin --answers-after '<|sep|>' --exact-match --steps 2 --loops 4", d, d), 0, "");
+    check("an answer known by heart is right", !strstr(out, " 50.00 %"), 0, "one of two");
+    snprintf(path, sizeof path, "printf '2 2?<|sep|># 4<|endoftext|>\\n12341234123412341<|endoftext|>' >%s/rows.txt", d);
+    check("tokenize --rows-of", system(path) || run(err, out, d, "tokenize --tokenizer %s/board.tok --input %s/rows.txt --output %s/rows.bin --rows-of 16", d, d, d), 0, "exit status");
+    snprintf(path, sizeof path, "%s/rows.bin", d);
+    Data rows = data_open(path, 10, 16);
+    double different = rows.total != 16;
+    for (int i = 0; i < 16 && rows.total >= 16; i++) different += rows.shards[0].tokens[i] != row[i];
+    check("tokenize --rows-of, tokens that differ", different, 0, "one row; one is too long");
+
+    // tables: attention's shares add up to 1; there is a line for each loop and noise level
+    check("attention, exit status", run(err, out, d, "attention --model %s/whole --data %s/data.bin --rows 8 --buckets 4 --csv %s/attention.csv", d, d, d), 0, "");
+    snprintf(path, sizeof path, "awk -F, 'NR > 1 {d = $8 + $9 - 1; if (d > 1e-5 || d < -1e-5 || $7 && !($10 > 0 && $10 <= 1)) bad = 1} END {exit bad || NR != 1 + 6 * 2 * 4}' %s/attention.csv", d);
+    check("attention's shares add up to 1", system(path), 0, "6 passes, 2 heads, 4 noise levels");
+    check("eval --by-t, exit status", run(err, out, d, "eval --model %s/whole --data %s/data.bin --rows 64 --loops 1,3 --buckets 5 --by-t %s/by_t.csv", d, d, d), 0, "");
+    check("eval --by-loop, exit status", run(err, out, d, "eval --model %s/whole --data %s/data.bin --rows 8 --loops 7 --by-loop %s/by_loop.csv", d, d, d), 0, "");
+    snprintf(path, sizeof path, "awk 'END {exit NR != 11}' %s/by_t.csv && awk -F, 'NR > 2 && !($2 > 0 && $3 > 0) {bad = 1} END {exit bad || NR != 9}' %s/by_loop.csv", d, d);
+    check("tables by noise level and by loop", system(path), 0, "2 x 5 and 8 lines");
+    check("eval --adaptive, exit status", run(err, out, d, "eval --model %s/whole --data %s/data.bin --rows 8 --adaptive 0,1000 --max-loops 3", d, d), 0, "");
+    check("eval --adaptive", !strstr(out, "     0   3.00") || !strstr(out, "  1000   1.00"), 0, "tau = 0: 3 loops; 1000: one");
+    snprintf(path, sizeof path, "printf 'the ____ an\\na ____ ____ in\\n' >%s/templates", d);
+    check("sample --fill-file, exit status", system(path) || run(err, out, d, "sample --model %s/whole --fill-file %s/templates -n 2 --order margin --block 2 --remask 0.2 --top-k 5 --top-p 0.9 --adaptive 0.1", d, d), 0, "");
+    check("sample --fill-file", strncmp(out, "the", 3) || !strstr(out, " an\n\nthe") || !strstr(err, "loops in each step"), 0, "two texts for each of two templates");
+
+    expect_error(d, 2, "exclude", "sample --model %s/whole --prompt a --puzzle 1", d);
+    expect_error(d, 2, "16", "sample --model %s/boards --puzzle 1.", d);
+    expect_error(d, 2, "vocabulary", "sample --model %s/boards --puzzle 'x23434122143432.'", d);
+    expect_error(d, 2, "no blank", "sample --model %s/boards --puzzle 1234341221434321", d);
+    expect_error(d, 2, "one step at least", "sample --model %s/whole --steps 3 --block 2", d);
+    expect_error(d, 2, "schedule", "sample --model %s/whole --order threshold --remask 0.1", d);
+    expect_error(d, 2, "at most 1", "sample --model %s/whole --top-p 1.5", d);
+    expect_error(d, 2, "--adaptive takes", "sample --model %s/whole --adaptive 0.1,0.2", d);
+    expect_error(d, 2, "--adaptive takes", "eval --model %s/whole --data %s/data.bin --adaptive 0.1,x", d, d);
+    expect_error(d, 2, "excludes --loops", "eval --model %s/whole --data %s/data.bin --adaptive 0.1 --loops 2", d, d);
+    expect_error(d, 2, "no effect without --adaptive", "eval --model %s/whole --data %s/data.bin --max-loops 2", d, d);
+    expect_error(d, 2, "no effect without --sudoku", "eval --model %s/whole --data %s/data.bin --order random", d, d);
+    expect_error(d, 2, "no effect without --by-t", "eval --model %s/whole --data %s/data.bin --buckets 5", d, d);
+    expect_error(d, 2, "no effect without --order threshold", "sample --model %s/whole --threshold 0.5", d);
+    expect_error(d, 2, "--criterion", "eval --model %s/whole --data %s/data.bin --adaptive 0.1 --criterion third", d, d);
+    expect_error(d, 2, "--time", "train --data %s/data.bin --vocab 300 --time noon --out %s/no", d, d);
+    expect_error(d, 2, "below 1", "train --data %s/data.bin --vocab 300 --ema 1 --out %s/no", d, d);
+    expect_error(d, 2, "--var-length", "train %s --data %s/board.bin --fixed-rows --seq-len 16 --var-length 0.1 --out %s/no", fixed, d, d);
+    expect_error(d, 1, "are not rows of", "train %s --data %s/board.bin --fixed-rows --seq-len 15 --out %s/no", fixed, d, d);
+    expect_error(d, 1, "row 0 has no", "train %s --data %s/board.bin --answers-after '<|sep|>' --seq-len 16 --out %s/no", fixed, d, d);
+    expect_error(d, 2, "is no token", "train %s --data %s/answer.bin --answers-after 'so:' --seq-len 16 --out %s/no", fixed, d, d);
+    expect_error(d, 2, "another shape", "train %s --data %s/board.bin --seq-len 15 --init %s/boards --out %s/no", fixed, d, d, d);
+    expect_error(d, 1, "no puzzle", "eval --model %s/boards --data %s/answers.bin --sudoku", d, d);
+    expect_error(d, 2, "--answers-after", "eval --model %s/boards --data %s/answers.bin --exact-match", d, d);
+    expect_error(d, 1, "cannot write", "eval --model %s/whole --data %s/data.bin --rows 8 --by-t %s/nowhere/x.csv", d, d, d);
+    expect_error(d, 1, "no story fits", "tokenize --tokenizer %s/board.tok --input %s/rows.txt --output %s/rows2.bin --rows-of 3", d, d, d);
+    expect_error(d, 1, "cannot read", "sample --model %s/whole --fill-file %s/nothing", d, d);
+}
+
 static void check_command_line(const char *d) {
     char err[1024], out[1024], text[1200], base[1200], path[2][1200];
     int tokens[4000];
@@ -919,11 +1291,9 @@ static void check_command_line(const char *d) {
     snprintf(base, sizeof base, "--data '%s/data*.bin' " TRAIN_FLAGS, d, d);
 
     // an unbroken run; one killed after its checkpoint at step 20; one interrupted by Ctrl-C: all the same, bit for bit
-#ifdef TEST_CUDA // smaller, since it may be an emulation
-    const char *long_run = "--channels 48 --seq-len 32 --batch 4 --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8";
-#else
-    const char *long_run = "--channels 64 --seq-len 64 --batch 8 --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8";
-#endif
+    char long_run[160];
+    snprintf(long_run, sizeof long_run, "%s --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8 --ema 0.9 --time bell --var-length 0.3",
+             SLOW ? "--channels 48 --seq-len 32 --batch 4" : "--channels 64 --seq-len 64 --batch 8");
     check("train, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/whole", base, d, long_run, d), 0, "40 steps");
     for (int how = 0; how < 2; how++) {
         const char *name = how ? "interrupted" : "killed";
@@ -951,10 +1321,11 @@ static void check_command_line(const char *d) {
         }
         if (how) check("Ctrl-C, exit status", !(WIFEXITED(status) && WEXITSTATUS(status) == 130), 0, "130");
         check("resume, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/%s --resume", base, d, long_run, d, name), 0, "%s", name);
-        for (int k = 0; k < 2; k++) {
-            snprintf(path[0], sizeof path[0], "%s/whole/%s", d, k ? "optimizer.bin" : "model.bin");
-            snprintf(path[1], sizeof path[1], "%s/%s/%s", d, name, k ? "optimizer.bin" : "model.bin");
-            check("resumed equals unbroken, bytes", files_differ(path[0], path[1]), 0, "%s: %s", name, k ? "optimizer.bin" : "model.bin");
+        static const char *const files[] = {"model.bin", "optimizer.bin", "ema.bin"};
+        for (int k = 0; k < 3; k++) {
+            snprintf(path[0], sizeof path[0], "%s/whole/%s", d, files[k]);
+            snprintf(path[1], sizeof path[1], "%s/%s/%s", d, name, files[k]);
+            check("resumed equals unbroken, bytes", files_differ(path[0], path[1]), 0, "%s: %s", name, files[k]);
         }
         char logs[2][1200];
         snprintf(logs[0], sizeof logs[0], "cut -d, -f1-6,8- %s/whole/log.csv >%s/log1; cut -d, -f1-6,8- %s/%s/log.csv | cmp -s - %s/log1", d, d, d, name, d);
@@ -962,7 +1333,7 @@ static void check_command_line(const char *d) {
     }
 
     // a writer stopped between its two renames
-    snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && mv %s/between/model.bin %s/between/model.bin.tmp && cp %s/step20.bin %s/between/model.bin", d, d, d, d, d, d);
+    snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && cd %s/between && mv model.bin model.bin.tmp && mv ema.bin ema.bin.tmp && cp %s/step20.bin model.bin", d, d, d, d);
     check("copy", system(path[0]), 0, "a checkpoint");
     check("recovers an unfinished checkpoint", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/between --resume", base, d, long_run, d), 0, "model of step 40 still in model.bin.tmp");
     snprintf(path[0], sizeof path[0], "%s/whole/model.bin", d);
@@ -1020,6 +1391,8 @@ static void check_command_line(const char *d) {
     expect_error(d, 2, "already there", "train %s %s --out %s/whole", base, long_run, d);
     expect_error(d, 2, "another shape", "train %s --out %s/whole --resume", base, d);
     expect_error(d, 2, "was begun with", "train %s %s --seed 5 --out %s/whole --resume", base, long_run, d);
+    expect_error(d, 2, "was begun with --ema", "train %s %s --ema 0 --out %s/whole --resume", base, long_run, d);
+    check_tasks(d);
     // templates and prompts
     expect_error(d, 1, "are possible", "sample --model %s/whole --fill '____ bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb'", d);
     expect_error(d, 1, "are possible", "sample --model %s/whole --prompt 'bbbb bbbb bbbb' --length 5", d);
@@ -1106,15 +1479,15 @@ static void print_digest(void) {
         build_small(&m, configs[k], 2);
         set_batch(&m, 0, 0, 2, 2);
         double loss = forward_loss(&m, k ? 1 : 2, 1), norm = gradient_norm(&m);
-        AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+        AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
         model_update(&m, adamw, norm, 1);
         crc = crc32_update(crc32_update(crc, &loss, sizeof loss), &norm, sizeof norm);
         float *params = ARRAY(m.params.total);
         tensors_read(params, &m.params);
         crc = crc32_update(crc, params, m.params.total * sizeof(float));
         for (int i = 0; i < 2 * T; i++) x[i] = configs[k].vocab_size;
-        SampleOptions o = {2, 1, k % 2, 0.7, 1};
-        sample(&m, x, 2, T, o, 0, NULL, NULL);
+        SampleOptions o = {2, k % 2, 0, 0, 0, {1, 0, 0}, {0.7, 20, 0.9, SCORE_PROBABILITY, 1}};
+        sample(&m, x, 2, T, o, 0, NULL, NULL, NULL);
         crc = crc32_update(crc, x, 2 * T * sizeof(int));
         free(params);
         model_free(&m);
@@ -1157,6 +1530,11 @@ int main(int argc, char **argv) {
     check_model();
     check_threads();
     check_sampler();
+    check_posterior();
+    check_adaptive();
+#ifndef TEST_CUDA
+    check_flops();
+#endif
     check_tokenizer(folder);
     check_command_line(folder);
     snprintf(command, sizeof command, "rm -rf %s", folder);

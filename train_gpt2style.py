@@ -4,10 +4,10 @@ LoopMDM in PyTorch: the reference that loopmdm.c is checked against, to be read 
     python train_gpt2style.py train --data train.bin --tokenizer tokenizer.bin --model nano --out run/
     python train_gpt2style.py dump --out dev/reference
 
-`train` takes the options of `loopmdm train` (and validates at S = 1, 2, 4, .. and S_max) and, from the same seed, uses the same initial parameters, batches, t, masks, loops and
-schedule; it reads and writes the same checkpoints and log.csv. `dump` writes the files that test_loopmdm.c reads
-(dev/reference/README.md has their format). Letters in shapes: B rows, T positions, C channels, NH heads, L layers, V tokens,
-S loops, R masked rows. Needs numpy and torch, nothing else.
+`train` takes the options of `loopmdm train` (and validates at S = 1, 2, 4, .. and S_max) and, from the same seed, uses the same initial
+parameters, batches, t, masks, loops and schedule; it reads and writes the same checkpoints and log.csv. `dump` writes the files that
+test_loopmdm.c reads (dev/reference/README.md has their format). Letters in shapes: B rows, T positions, C channels, NH heads,
+L layers, V tokens, S loops, R masked rows. Needs numpy and torch, nothing else.
 """
 import argparse
 import glob
@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def is_matrix(name):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Randomness and noise: a hash of (seed, stream, step, index), the same as in loopmdm.c
 
-STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN = range(7)
+STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN, STREAM_REMASK, STREAM_LENGTH = range(9)
 
 
 def mix64(x):
@@ -131,16 +131,56 @@ def init_parameters(c, seed):
     return params
 
 
-def add_noise(c, targets, seed, step, first_row, total_rows):
-    """targets (B,T) int64 -> x (B,T) with MASK, t (B) float64, weights (B,T) float32: 1/(t total_rows T) where masked, else 0."""
+def bell_time(strat):
+    """strat (B) float64 in [0,1) -> w in [0,1) with the distribution function F(w) = strat, and its density there, both float64.
+
+    Three parts Beta(2,2), which is a bell around 1/2, and one part uniform, which keeps the density above zero and so the loss unbiased
+    (in the spirit of arXiv 2605.13026). F is inverted by bisection, to the last bit: that is the same on every machine."""
+    lo, hi = np.zeros_like(strat), np.ones_like(strat)
+    for _ in range(53):
+        mid = (lo + hi) / 2
+        below = 0.25 * mid + 0.75 * (mid * mid * (3 - 2 * mid)) <= strat
+        lo, hi = np.where(below, mid, lo), np.where(below, hi, mid)
+    return lo, 0.25 + 4.5 * (lo * (1 - lo))
+
+
+def add_noise(c, targets, seed, step, first_row, total_rows, time="uniform", given=None):
+    """targets (B,T) int64 -> x (B,T) with MASK, t (B) float64, weights (B,T) float32: 1/(t q total_rows length) where masked, else 0.
+
+    The weights make the loss the NELBO in nats per token (MDLM, arXiv 2406.07524); t is stratified over the rows (Kingma et al. 2021).
+    q is the density of the time, uniform (1) or bell. given (B) is how many tokens of a row are context: they are never masked and
+    do not count in its length (LLaDA's fine-tuning, arXiv 2502.09992)."""
     B, T = targets.shape
+    given = np.zeros(B, np.int64) if given is None else given
     u = random_uniform(seed, STREAM_TIME, step, [0])
     strat = u + (first_row + np.arange(B)) / total_rows
-    t = 1e-3 + (1 - 1e-3) * (strat - np.floor(strat))
+    strat = strat - np.floor(strat)
+    w, q = bell_time(strat) if time == "bell" else (strat, np.ones(B))
+    t = 1e-3 + (1 - 1e-3) * w
     masked = random_uniform(seed, STREAM_MASK, step, first_row * T + np.arange(B * T).reshape(B, T)) < t[:, None]
+    masked &= np.arange(T) >= given[:, None]
     x = np.where(masked, c.vocab_size, targets)
-    weights = np.where(masked, 1 / (t[:, None] * total_rows * T), 0).astype(np.float32)
+    weights = np.where(masked, 1 / (t * q * total_rows * (T - given))[:, None], 0).astype(np.float32)
     return x, t, weights
+
+
+def context_lengths(targets, separator):
+    """targets (B,T) -> (B): the tokens up to and including the first separator, a token's id, at position 1 or later; 0 if separator is -1.
+
+    Ends the program if a row has no separator, or nothing after it."""
+    if separator < 0:
+        return np.zeros(len(targets), np.int64)
+    found = targets[:, 1:] == separator
+    if not found[:, :-1].any(1).all():
+        sys.exit(f"--answers-after: a row has no token {separator}, or nothing after it: {targets[~found[:, :-1].any(1)][0].tolist()}")
+    return found.argmax(1) + 2
+
+
+def draw_length(T, share, seed, step):
+    """The length of all rows of a step: T, or in this share of the steps uniform on 1 .. T (LLaDA, arXiv 2502.09992, does so in 1 %)."""
+    if random_uniform(seed, STREAM_LENGTH, step, [0])[0] < share:
+        return 1 + int(random_bits(seed, STREAM_LENGTH, step, [1])[0] % np.uint64(T))
+    return T
 
 
 def draw_loops(c, dist, seed, step):
@@ -203,14 +243,49 @@ class LoopMDM(torch.nn.Module):
                 states.append(h)
         return h
 
+    @torch.no_grad()
+    def adaptive(self, x, max_loops, tau, criterion):
+        """x (B,T) int64 -> the residual stream (B,T,C) after the last pass, each row (sequence) looping until it settles, max_loops times
+        at most; how many loops each row used, (B) int64; and the distances d (max_loops,B) float32, infinite where there is none.
+
+        h_s is a row's residual stream after loop s, and d_s the mean over positions of a relative length. It stops after loop s if,
+        change:  d_s = mean |h_s - h_{s-1}| / |h_s|                is below tau;
+        second:  d_s = mean |h_s - 2 h_{s-1} + h_{s-2}| / |h_s|    and d_{s-1} are both below tau, from s = 3 on: two hits, as one may be
+                 a turn of the spiral on which states approach their limit (Pappone et al. 2025, arXiv 2509.23314)."""
+        c, active = self.config, torch.arange(len(x))
+        loops, distances = torch.full((len(x),), max_loops), torch.full((max_loops, len(x)), torch.inf)
+        h = self.wte[x] + self.wpe[: x.shape[1]]
+        for l in range(c.loop_start):
+            h = self.block(h, l)
+        for s in range(1, max_loops + 1 if c.loop_start < c.loop_end else 1):  # without a loop there is nothing to compare
+            state = h[active]
+            for l in range(c.loop_start, c.loop_end):
+                state = self.block(state, l)
+            if criterion == "change" or s > 1:
+                move = state - h[active] if criterion == "change" else state - 2 * h[active] + before[active]
+                distances[s - 1, active] = (move.norm(dim=-1) / state.norm(dim=-1)).mean(1)
+            before, h = h, h.index_copy(0, active, state)
+            loops[active] = s
+            settled = distances[s - 1] < tau
+            if criterion == "second":
+                settled &= distances[s - 2] < tau
+            active = active[~settled[active]]
+            if len(active) == 0:
+                break
+        for l in range(c.loop_end, c.layers):
+            h = self.block(h, l)
+        return h, loops, distances
+
     def logits(self, rows):
         """rows (R,C) of the residual stream -> (R,V); MASK is no candidate."""
         return F.linear(F.layer_norm(rows, (rows.shape[-1],), self.lnfw, self.lnfb), self.wte[: self.config.vocab_size])
 
-    def loss(self, x, targets, weights, S):
-        """x, targets (B,T) int64, weights (B,T) -> sum of weights * cross entropy over masked positions: the NELBO."""
+    def loss(self, x, targets, weights, S, tau=0.0, criterion="change"):
+        """x, targets (B,T) int64, weights (B,T) -> sum of weights * cross entropy over masked positions: the NELBO.
+        With tau > 0 rows stop by themselves, see adaptive(), after S loops at most; that has no gradient."""
         rows = weights.view(-1).nonzero().squeeze(1)
-        logits = self.logits(self(x, S).view(-1, self.config.channels)[rows])
+        h = self.adaptive(x, S, tau, criterion)[0] if tau > 0 else self(x, S)
+        logits = self.logits(h.view(-1, self.config.channels)[rows])
         return (weights.view(-1)[rows] * F.cross_entropy(logits, targets.view(-1)[rows], reduction="none")).sum()
 
 
@@ -235,14 +310,25 @@ def learning_rate(lr, floor, warmup, steps, step):
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum, dist, lr, clip):
-    """One optimizer step; loss_function is model.loss, or that compiled. Returns loss, S, mean t, gradient norm and the number of masked tokens."""
+@dataclass
+class Draws:
+    """How training draws rows and their noise."""
+    time: str = "uniform"    # of the noise levels: uniform or bell
+    fixed_rows: bool = False  # rows begin at multiples of T in the data; else anywhere
+    separator: int = -1      # the token that ends each row's context, which is never masked; -1: there is none
+    var_length: float = 0.0  # share of the steps whose rows are cut to a length drawn for that step
+
+
+def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum, dist, lr, clip, draws=Draws()):
+    """One optimizer step; loss_function is model.loss, or that compiled.
+    Returns loss, S, mean t, gradient norm, the number of masked tokens and the length of rows."""
     c = model.config
-    S, T, rows = draw_loops(c, dist, seed, step), c.max_seq_len, batch * accum
+    S, T, rows = draw_loops(c, dist, seed, step), draw_length(c.max_seq_len, draws.var_length, seed, step), batch * accum
     loss = mean_t = masked = 0.0
     for first in range(0, rows, batch):
-        targets = data_batch(shards, seed, step, first, batch, T)
-        x, t, weights = add_noise(c, targets, seed, step, first, rows)
+        targets = data_batch(shards, seed, step, first, batch, c.max_seq_len, c.max_seq_len if draws.fixed_rows else 1)
+        targets = np.ascontiguousarray(targets[:, :T])
+        x, t, weights = add_noise(c, targets, seed, step, first, rows, draws.time, context_lengths(targets, draws.separator))
         part = loss_function(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S)
         part.backward()
         loss, mean_t, masked = loss + part.item(), mean_t + t.sum() / rows, masked + (weights > 0).sum()
@@ -254,7 +340,14 @@ def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, S, mean_t, norm, masked
+    return loss, S, mean_t, norm, masked, T
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema, a LoopMDM, moves towards model: the exponential moving average of the parameters over steps (Polyak and Juditsky 1992)."""
+    for average, p in zip(ema.parameters(), model.parameters()):
+        average.copy_(decay * average + (1 - decay) * p)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,10 +385,20 @@ def data_rows(shards, T, stride):
     return sum((len(s) - T) // stride + 1 for s in shards if len(s) >= T)
 
 
-def data_batch(shards, seed, step, first_row, B, T):
-    """Rows first_row .. first_row + B-1 of a training step: (B,T) int64."""
-    index = random_bits(seed, STREAM_BATCH, step, first_row + np.arange(B)) % np.uint64(data_rows(shards, T, 1))
-    return np.stack([data_row(shards, int(i), T, 1) for i in index])
+def data_batch(shards, seed, step, first_row, B, T, stride=1):
+    """Rows first_row .. first_row + B-1 of a training step, each beginning at a multiple of stride: (B,T) int64."""
+    index = random_bits(seed, STREAM_BATCH, step, first_row + np.arange(B)) % np.uint64(data_rows(shards, T, stride))
+    return np.stack([data_row(shards, int(i), T, stride) for i in index])
+
+
+def token_id(path, text):
+    """The id of the token that is exactly text in the tokenizer.bin at path; ends the program if there is none."""
+    data, at = open(path, "rb").read(), 1024
+    for i in range(np.frombuffer(data, np.uint32, 3)[2]):  # each token is a byte with its length, and its bytes
+        if data[at + 1: at + 1 + data[at]] == text.encode():
+            return i
+        at += 1 + data[at]
+    sys.exit(f"--answers-after: {path} has no token '{text}'")
 
 
 def write_floats(path, header, parts):
@@ -335,8 +438,8 @@ def split_tensors(c, floats):
     return out
 
 
-def checkpoint_save(model, optimizer, folder, step, rows, seed, flops):
-    """model.bin and optimizer.bin as loopmdm writes them: step done, rows in a step, seed, FLOPs spent so far."""
+def checkpoint_save(model, optimizer, folder, step, rows, seed, flops, ema=None):
+    """model.bin and optimizer.bin as loopmdm writes them: step done, rows in a step, seed, FLOPs spent so far; ema.bin if there is ema."""
     header = np.zeros(256, np.int32)
     header[:12] = [MODEL_MAGIC, 1, *astuple(model.config), step]
     params = [p.detach().numpy() for _, p in model.named_parameters()]
@@ -350,13 +453,17 @@ def checkpoint_save(model, optimizer, folder, step, rows, seed, flops):
     moments = [optimizer.state.get(p, zero)[k].expand(p.shape).numpy() for k in ("exp_avg", "exp_avg_sq") for _, p in model.named_parameters()]
     path2 = os.path.join(folder, "optimizer.bin")
     write_floats(path2, state, moments)
+    if ema:
+        path3 = os.path.join(folder, "ema.bin")
+        write_floats(path3, header, [p.detach().numpy() for p in ema.parameters()])
+        os.replace(path3 + ".tmp", path3)
     os.replace(path2 + ".tmp", path2)
     os.replace(path + ".tmp", path)
 
 
-def checkpoint_load(folder):
-    """The model in folder and the step that it was saved at."""
-    header, floats = read_floats(os.path.join(folder, "model.bin"), MODEL_MAGIC)
+def checkpoint_load(folder, name="model.bin"):
+    """The model in folder, or with name ema.bin its moving average, and the step that it was saved at."""
+    header, floats = read_floats(os.path.join(folder, name), MODEL_MAGIC)
     c = Config(*(int(v) for v in header[2:11]))
     return LoopMDM(c, split_tensors(c, floats)), int(header[11])
 
@@ -375,53 +482,123 @@ def checkpoint_resume(model, optimizer, folder):
 
 
 @torch.no_grad()
-def evaluate(model, shards, S, rows, B, seed):
-    """NELBO in nats per token of rows spread over the data."""
+def evaluate(model, shards, S, rows, B, seed, separator=-1, tau=0.0, criterion="change"):
+    """NELBO in nats per token of rows spread over the data, of what follows the separator if there is one; t is uniform.
+    With tau > 0 each row stops looping by itself: see LoopMDM.adaptive()."""
     c, T = model.config, model.config.max_seq_len
     available = data_rows(shards, T, T)
     stride, total = max(1, available // rows), 0.0
     for first in range(0, rows, B):
         targets = np.stack([data_row(shards, r * stride % available, T, T) for r in range(first, min(first + B, rows))])
-        x, _, weights = add_noise(c, targets, seed, 0, first, rows)
-        total += model.loss(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S).item()
+        x, _, weights = add_noise(c, targets, seed, 0, first, rows, given=context_lengths(targets, separator))
+        total += model.loss(torch.from_numpy(x), torch.from_numpy(targets), torch.from_numpy(weights), S, tau, criterion).item()
     return total
 
 
-def sample_token(logits, temperature, u):
-    """logits (V) float64, u in [0,1) -> token by inverting the cumulative distribution, and its probability at temperature 1."""
-    logits = logits - logits.max()
-    chosen = int(logits.argmax())
-    if temperature > 0:
-        cumulative = np.cumsum(np.exp(logits / temperature))
-        chosen = min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), len(logits) - 1)
-    return chosen, np.exp(logits[chosen]) / np.exp(logits).sum()
+ORDERS = ["random", "confidence", "margin", "entropy", "threshold"]
+
+
+@dataclass
+class SampleOptions:
+    """How sample() fills in blanks.
+
+    random      the exact reverse process (MDLM's ancestral sampler, arXiv 2406.07524): which tokens are revealed is chance
+    confidence  the tokens of highest probability first, an equal share in every step (LLaDA, arXiv 2502.09992)
+    margin      where the two likeliest tokens are furthest apart in probability first (Kim et al. 2025, arXiv 2502.06768)
+    entropy     where the distribution has the least entropy first (Dream, arXiv 2508.15487)
+    threshold   all whose probability is above the threshold, or else the best, until none is left (Fast-dLLM, arXiv 2505.22618)
+    """
+    steps: int = 5           # of denoising; order threshold takes as many as it needs
+    order: str = "confidence"
+    temperature: float = 1.0  # 0 always takes the likeliest token
+    top_k: int = 0           # draw among the k likeliest tokens (Fan et al. 2018, arXiv 1805.04833); 0: among all
+    top_p: float = 1.0       # draw among the likeliest that together have this probability (Holtzman et al. 2020, arXiv 1904.09751)
+    threshold: float = 0.9   # of order threshold
+    block: int = 0           # positions in a block; blocks are filled from left to right (LLaDA, arXiv 2502.09992); 0: the row is one
+    remask: float = 0.0      # chance that a filled blank becomes MASK again, in each step (ReMDM, arXiv 2503.00307)
+
+
+def draw_token(logits, o, u):
+    """logits (V) float64, u in [0,1) -> a token, by inverting the cumulative distribution of those that top-k and top-p keep."""
+    if o.temperature == 0:
+        return int(logits.argmax())
+    w, kept = np.exp((logits - logits.max()) / o.temperature), np.ones(len(logits), bool)
+    if o.top_k > 0:
+        kept = logits >= np.sort(logits)[-min(o.top_k, len(logits))]
+    if o.top_p < 1:
+        falling = np.flatnonzero(kept)[np.argsort(-logits[kept], kind="stable")]
+        cumulative = np.cumsum(w[falling])
+        kept &= logits >= logits[falling[np.argmax(cumulative >= o.top_p * cumulative[-1])]]
+    cumulative = np.cumsum(w * kept)
+    return min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), int(np.flatnonzero(kept)[-1]))
+
+
+def token_score(logits, token, order):
+    """logits (V) float64 -> how sure the model is of this position: in probability, or for entropy in nats."""
+    log_p = logits - logits.max()
+    log_p -= np.log(np.exp(log_p).sum())
+    p = np.exp(log_p)
+    if order == "margin":
+        second, first = np.sort(p)[-2:]
+        return first - second
+    return (p * log_p).sum() if order == "entropy" else p[token]
+
+
+def plan_step(row, mask, blank, o, step, unmask, remask):
+    """What a row (T) does in a step: its candidates (T) bool, how many of them to commit (None: as many as pass the threshold), and the
+    committed positions (T) bool that become MASK again.
+
+    blank (T) bool: was MASK at the start; unmask, remask (T): uniform random numbers. The row's K blocks with blanks share the steps.
+    Raises ValueError if there are fewer steps than blocks."""
+    block, nothing = np.arange(len(row)) // (o.block or len(row)), np.zeros(len(row), bool)
+    if o.order == "threshold":
+        masked = row == mask
+        return masked & (block == block[masked.argmax()]), None, nothing
+    numbers = np.unique(block[blank])
+    K = len(numbers)
+    if K == 0:
+        return nothing, 0, nothing
+    if o.steps < K:
+        raise ValueError(f"steps must be at least the number of blocks with blanks, {K}")
+    k = next(k for k in range(K) if step < (k + 1) * o.steps // K)
+    N, j = (k + 1) * o.steps // K - k * o.steps // K, step - k * o.steps // K  # this block's steps, and those of them done
+    here = blank & (block == numbers[k])
+    masked, committed = here & (row == mask), here & (row != mask)
+    sigma = min(o.remask, (N - j - 1) / j) if j > 0 else 0.0  # ReMDM's cap schedule for alpha_t = j/N
+    again = committed & (remask < sigma)
+    if o.order == "random":
+        candidates = masked & (unmask < (1 + sigma * j) / (N - j))
+        return candidates, candidates.sum(), again
+    quota = min(masked.sum(), here.sum() * (j + 1) // N - committed.sum() + again.sum())
+    return masked if quota > 0 else nothing, quota, again
 
 
 @torch.no_grad()
-def sample(model, x, steps, S, order, temperature, seed, first_row=0):
-    """Fills in every MASK of x (B,T) int64. Returns the tokens after each step: (steps,B,T)."""
+def sample(model, x, o, S, seed, first_row=0):
+    """Fills in every MASK of x (B,T) int64, with SampleOptions o. Returns the tokens after each step: (steps,B,T) int64.
+    Row b draws the random numbers of row first_row + b. No row depends on the others; those without candidates do not go through the model."""
+    if o.order == "threshold" and o.remask > 0:
+        raise ValueError("order threshold does not remask: it has no schedule")
     B, T = x.shape
     x, mask, trace = x.copy(), model.config.vocab_size, []
-    blanks = (x == mask).sum(1)
-    index = first_row * T + np.arange(B * T).reshape(B, T)
-    for step in range(steps):
-        quota = blanks * (step + 1) // steps - blanks * step // steps
-        if order == "confidence":
-            candidates = (x == mask) & (quota[:, None] > 0)
-        else:
-            candidates = (x == mask) & (random_uniform(seed, STREAM_UNMASK, step, index) < 1.0 / (steps - step))
-        if candidates.any():
-            logits = model.logits(model(torch.from_numpy(x), S)[torch.from_numpy(candidates)]).double().numpy()
-            u = random_uniform(seed, STREAM_TOKEN, step, index)[candidates]
-            picks = [sample_token(l, temperature, v) for l, v in zip(logits, u)]
-            token, confidence = np.zeros_like(x), np.full(x.shape, -1.0)
-            token[candidates], confidence[candidates] = [p[0] for p in picks], [p[1] for p in picks]
-            if order == "confidence":
-                for b in range(B):
-                    kept = np.argsort(-confidence[b], kind="stable")[: quota[b]]
-                    x[b, kept] = token[b, kept]
-            else:
-                x = np.where(candidates, token, x)
+    blank, index = x == mask, first_row * T + np.arange(B * T).reshape(B, T)
+    while (x == mask).any() if o.order == "threshold" else len(trace) < o.steps:
+        step = len(trace)
+        unmask, remask, u = (random_uniform(seed, stream, step, index) for stream in (STREAM_UNMASK, STREAM_REMASK, STREAM_TOKEN))
+        candidates, quota, again = zip(*(plan_step(x[b], mask, blank[b], o, step, unmask[b], remask[b]) for b in range(B)))
+        candidates, again = np.stack(candidates), np.stack(again)
+        active = candidates.any(1)
+        if active.any():
+            logits = model.logits(model(torch.from_numpy(x[active]), S)[torch.from_numpy(candidates[active])]).double().numpy()
+            row, position = candidates.nonzero()
+            token = np.array([draw_token(l, o, v) for l, v in zip(logits, u[candidates])])
+            score = np.array([token_score(l, t, o.order) for l, t in zip(logits, token)])
+            for b in np.flatnonzero(active):
+                mine = np.flatnonzero(row == b)
+                n = max(1, (score[mine] > o.threshold).sum()) if o.order == "threshold" else quota[b]
+                kept = mine[np.argsort(-score[mine], kind="stable")[:n]]  # ties: lowest position
+                x[b, position[kept]] = token[kept]
+        x[again] = mask
         trace.append(x.copy())
     return np.stack(trace)
 
@@ -438,14 +615,88 @@ def write_dump(path, tensors):
         header[:3] = [DUMP_MAGIC, 1, len(tensors)]
         f.write(header.tobytes())
         for name, a in tensors.items():
+            assert len(name) < 32, f"{name} leaves no room for a zero byte"
             a = np.ascontiguousarray(a)
             a = a.astype(np.int32) if a.dtype.kind == "i" else a
             f.write(name.encode().ljust(32, b"\0") + np.array([kinds[a.dtype.name], a.ndim, *a.shape, *[1] * (4 - a.ndim)], np.int32).tobytes())
             f.write(a.tobytes())
 
 
+class Shaken:
+    """A model to sample from whose logits are off by up to size, as those of another implementation are, though by more. It keeps the
+    hidden states that it has computed. seed is that of the errors."""
+
+    def __init__(self, model, seed):
+        self.config, self.model, self.seed, self.size, self.calls, self.known = model.config, model, seed, 0.0, 0, {}
+
+    def __call__(self, x, S):
+        key = x.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.model(x, S)
+        return self.known[key]
+
+    def logits(self, rows):
+        logits, self.calls = self.model.logits(rows), self.calls + 1
+        noise = 2 * random_uniform(self.seed, STREAM_INIT, self.calls, np.arange(logits.numel())) - 1
+        return logits + self.size * torch.from_numpy(noise.reshape(logits.shape))
+
+
+def sample_clearly(model, given, o, S, seed):
+    """A trace of sample(), and its seed: the first from seed on at which every option makes a difference and errors of 1e-4 in the logits
+    make none, so that no trace hangs on a near tie (of scores, at the threshold, at the edge of top-p, in a draw) that float32 decides by chance."""
+    shaken = Shaken(model, seed)
+    plain = [replace(o, **{name: getattr(SampleOptions, name)}) for name in ("order", "temperature", "top_k", "top_p", "block", "remask")]
+    for s in range(seed, seed + 1000):
+        shaken.size = 0.0
+        trace = sample(shaken, given, o, S, s)
+        if any(p != o and np.array_equal(sample(shaken, given, p, S, s), trace) for p in plain):
+            continue
+        shaken.size = 1e-4
+        if all(np.array_equal(sample(shaken, given, o, S, s), trace) for _ in range(4)):
+            return trace, s
+    raise AssertionError(f"no seed gives a clear trace with {o}")
+
+
+def choose_tau(model, x, max_loops, criterion):
+    """A tau with which rows of x (B,T) stop after different numbers of loops: in the middle of the widest gap between the rows' distances
+    where that is so. Without a loop there are no distances, no tau changes anything, and it is 1."""
+    d = model.adaptive(x, max_loops, 0, criterion)[2].double().numpy()
+    d = np.sort(d[np.isfinite(d)])
+    gaps, middles = d[1:] / d[:-1], np.sqrt(d[1:] * d[:-1])
+    for i in np.argsort(-gaps):
+        if len(model.adaptive(x, max_loops, middles[i], criterion)[1].unique()) > 1:
+            assert gaps[i] > 1.001, "float32 could decide otherwise"
+            return middles[i]
+    assert len(d) == 0, "no tau makes rows differ"
+    return 1.0
+
+
+def sampler_cases(c, T):
+    """{name: SampleOptions} of the dump: each order, and each option. The models are untrained, so probabilities are about 1/V."""
+    n, V = min(8, (T + 4) // 5), c.vocab_size
+    cases = {
+        "random": SampleOptions(6, "random"),
+        "confidence": SampleOptions(5, "confidence", 0.7),
+        "greedy": SampleOptions(5, "confidence", 0.0),
+        "margin": SampleOptions(6, "margin", 0.7),
+        "entropy": SampleOptions(6, "entropy"),
+        "threshold": SampleOptions(5, "threshold", threshold=1 / V),
+        "threshold_block": SampleOptions(5, "threshold", 0.5, threshold=1 / V, block=n),
+        "block_random": SampleOptions(7, "random", block=n),
+        "block_confidence": SampleOptions(6, "confidence", block=n),
+        "remask": SampleOptions(6, "confidence", 0.7, remask=0.3),
+        "remask_random": SampleOptions(6, "random", remask=0.5),
+        "remask_block": SampleOptions(8, "margin", block=(T + 1) // 2, remask=1.0),
+        "topk": SampleOptions(5, "random", top_k=V // 8),
+        "topp": SampleOptions(5, "confidence", top_p=0.5),
+        "topk_topp_block": SampleOptions(6, "entropy", 1.5, V // 4, 0.7, block=n),
+    }
+    return cases if V <= 1000 else {name: cases[name] for name in ("random", "confidence", "greedy")}  # the others would take minutes
+
+
 def dump(path, c, seed, B, T, loops):
-    """One case: forward and backward at each S of loops, ten steps, NELBO and three samplers' traces, all of the same parameters."""
+    """One case, all of the same parameters: forward and backward at each S of loops, NELBO, adaptive loops, noise of both kinds, samplers'
+    traces and ten training steps, twice. Asserts that each feature makes a difference."""
     params = init_parameters(c, seed)
     for i, (name, value) in enumerate(params.items()):  # away from zero and one, so that every gradient is exercised
         jitter = random_uniform(seed, STREAM_INIT, 100 + i, np.arange(value.numel())) - 0.5
@@ -471,11 +722,41 @@ def dump(path, c, seed, B, T, loops):
         out[f"loss/{S}"] = np.array([loss.item()], np.float32)
         out.update((f"grad{S}/{name}", p.grad.numpy().copy()) for name, p in model.named_parameters())
     out["nelbo"] = np.array([evaluate(model, shards, S, 10, B, seed) for S in loops], np.float32)  # of 10 rows, noise from seed
-    given = np.full((B, T), c.vocab_size)
-    given[:, : T // 4] = targets[:, : T // 4]
+    for name, criterion in (("change", "change"), ("second", "second"), ("zero", "change")):
+        tau = 0.0 if name == "zero" else choose_tau(model, model_x, c.max_loops, criterion)
+        h, used, _ = model.adaptive(model_x, c.max_loops, tau, criterion)
+        out[f"adaptive_options/{name}"] = np.array([tau, criterion == "second", c.max_loops], np.float64)
+        out[f"adaptive_loops/{name}"], out[f"adaptive_hidden/{name}"] = used.numpy(), h.numpy()
+    assert (used == c.max_loops).all() and torch.allclose(h, model(model_x, c.max_loops), atol=1e-4), "tau = 0 never stops"
+    stops_at_once = evaluate(model, shards, c.max_loops, 10, B, seed, tau=math.inf)
+    assert abs(stops_at_once - out["nelbo"][0]) < 1e-4, "tau = infinity stops after the first loop"
+
+    out["bell_x"], out["bell_t"], out["bell_weights"] = add_noise(c, targets, seed, 0, 0, B, "bell")
+    answers, separator = targets.copy(), int(targets[0, 0])
+    answers[np.arange(B), 1 + (T - 2) * np.arange(B) // B] = answers[:, -1] = separator  # the first from position 1 on counts
+    given = context_lengths(answers, separator)
+    assert given[0] == 2 and len(set(given)) > 1, "rows differ"
+    out.update(answers_sep=np.array([separator]), answers_targets=answers, answers_given=given)
+    out["answers_x"], _, out["answers_weights"] = add_noise(c, answers, seed, 0, 0, B, given=given)
+
+    # blanks at the end, one more in each row, and two before them in all rows but the first; a fourth row has none
+    begin = max(T // 2, T - 24)
+    blank = np.arange(T) >= begin - np.arange(B)[:, None]
+    blank[1:, begin // 2: begin // 2 + 2] = True
+    blank[3:] = False
+    given = np.where(blank, c.vocab_size, targets)
     out["sample_given"] = given
-    for name, order, temperature in (("random", "random", 1.0), ("confidence", "confidence", 0.7), ("greedy", "confidence", 0.0)):
-        out[f"sample_{name}"] = sample(model, given, 5, loops[-1], order, temperature, seed)  # (5,B,T)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many forwards of a few rows: threads would wait more than work
+    for name, o in sampler_cases(c, T).items():
+        trace, s = sample_clearly(model, given, o, loops[-1], seed)
+        out[f"sample_options/{name}"] = np.array([o.steps, ORDERS.index(o.order), *astuple(o)[2:], s], np.float64)
+        out[f"sample/{name}"] = trace  # (steps done,B,T)
+        assert (trace[-1] < c.vocab_size).all() and (trace[:, ~blank] == given[~blank]).all(), "all blanks are filled, and nothing else changes"
+        assert (o.remask > 0) == ((trace[1:] == c.vocab_size) & (trace[:-1] < c.vocab_size)).any(), "masked again if and only if asked for"
+        assert o.order != "threshold" or 1 < len(trace) < blank.sum(1).max(), "threshold commits more than one, and less than all"
+    torch.set_num_threads(threads)
+
     optimizer, losses = make_optimizer(model, 1e-3, 0.1), []
     model.zero_grad()
     for step in range(10):
@@ -483,6 +764,17 @@ def dump(path, c, seed, B, T, loops):
     out["train_loss"] = np.array([s[0] for s in losses], np.float32)
     out["train_loops"] = np.array([s[1] for s in losses])
     out["train_norm"] = np.array([s[3] for s in losses], np.float32)
+
+    model, ema, losses = LoopMDM(c, params), LoopMDM(c, params), []  # the same again, with bell, var_length and EMA
+    optimizer, draws = make_optimizer(model, 1e-3, 0.1), Draws("bell", var_length=0.5)
+    for step in range(10):
+        losses.append(train_step(model, model.loss, optimizer, shards, seed, step, B, 2, "uniform", learning_rate(1e-3, 0.1, 3, 10, step), 1.0, draws))
+        update_ema(ema, model, 0.9)
+    for name, i, kind in (("loss", 0, np.float32), ("loops", 1, np.int32), ("norm", 3, np.float32), ("length", 5, np.int32)):
+        out[f"train2_{name}"] = np.array([s[i] for s in losses], kind)
+    lengths, norms = out["train2_length"], out["train2_norm"]
+    assert lengths.min() < c.max_seq_len == lengths.max() and (norms > 0).all(), "both kinds of steps, each with masks"
+    out["train2_ema"] = np.concatenate([p.detach().numpy().ravel() for p in ema.parameters()])  # in checkpoint order
     write_dump(path, out)
     print(f"{path}: {os.path.getsize(path) / 1024:.0f} KiB")
 
@@ -517,16 +809,35 @@ def train(o):
         except ValueError:
             sys.exit(f"--loop takes two layers such as 1:3, not '{o.loop}'")
     c = make_config(o.seq_len or T, o.vocab, o.layers or L, o.heads or NH, o.channels or C, a, b, o.max_loops or S)
-    shards, val, begin, flops = data_open(o.data), data_open(o.val_data) if o.val_data else None, 0, 0.0
+    if o.var_length > 0 and (o.fixed_rows or o.answers_after):
+        sys.exit("--var-length excludes --fixed-rows and --answers-after")
+    if o.answers_after and not o.tokenizer:
+        sys.exit("--answers-after needs --tokenizer")
+    separator = token_id(o.tokenizer, o.answers_after) if o.answers_after else -1
+    draws = Draws(o.time, o.fixed_rows or separator >= 0, separator, o.var_length)
+    shards, val, begin, flops, ema = data_open(o.data), data_open(o.val_data) if o.val_data else None, 0, 0.0, None
     os.makedirs(o.out, exist_ok=True)
     if o.resume:
         model, begin = checkpoint_load(o.out)
         if model.config != c:
             sys.exit(f"--resume: {o.out} holds a model of another shape: {model.config}")
+        if o.ema:
+            if not os.path.exists(os.path.join(o.out, "ema.bin")):
+                sys.exit(f"--resume: {o.out} has no ema.bin: this run was begun without --ema")
+            ema, saved = checkpoint_load(o.out, "ema.bin")
+            if saved != begin:
+                sys.exit(f"--resume: {o.out}/ema.bin is of step {saved}, the model beside it of step {begin}")
     else:
         if os.path.exists(os.path.join(o.out, "model.bin")):
             sys.exit(f"{o.out} already holds a model: continue it with --resume, or choose another --out")
-        model = LoopMDM(c, init_parameters(c, o.seed))
+        params = init_parameters(c, o.seed)
+        if o.init:
+            other = checkpoint_load(o.init)[0]
+            if tensor_shapes(other.config) != tensor_shapes(c) or other.config.vocab_size != c.vocab_size:
+                sys.exit(f"--init: {o.init} holds a model of another shape: {other.config}")
+            params = {name: p.detach() for name, p in other.named_parameters()}
+        model = LoopMDM(c, params)
+        ema = LoopMDM(c, params) if o.ema else None
         if o.tokenizer:
             shutil.copyfile(o.tokenizer, os.path.join(o.out, "tokenizer.bin"))
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
@@ -543,13 +854,16 @@ def train(o):
     for step in range(begin, o.steps):
         began, rows = time.time(), o.batch * o.accum
         lr = learning_rate(o.lr, o.floor, o.warmup, o.steps, step)
-        loss, S, t, norm, masked = train_step(model, loss_function, optimizer, shards, o.seed, step, o.batch, o.accum, o.loop_dist, lr, o.clip)
+        loss, S, t, norm, masked, T = train_step(model, loss_function, optimizer, shards, o.seed, step, o.batch, o.accum, o.loop_dist, lr,
+                                                 o.clip, draws)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             sys.exit(f"step {step + 1}: the loss is {loss} and its gradient {norm}")
-        flops += flops_per_token(c, c.max_seq_len, S, masked / (rows * c.max_seq_len), True) * rows * c.max_seq_len
-        speed, last = rows * c.max_seq_len / (time.time() - began), step + 1 == o.steps
+        if ema:
+            update_ema(ema, model, o.ema)
+        flops += flops_per_token(c, T, S, masked / (rows * T), True) * rows * T
+        speed, last = rows * T / (time.time() - began), step + 1 == o.steps
         validates = val and ((step + 1) % o.val_every == 0 or last)
-        nelbo = [f"{evaluate(model, val, s, o.val_rows, o.batch, o.seed):.6f}" if validates else "" for s in loops if val]
+        nelbo = [f"{evaluate(model, val, s, o.val_rows, o.batch, o.seed, separator):.6f}" if validates else "" for s in loops if val]
         log.write(",".join([str(step + 1), str(S), f"{t:.6f}", f"{loss:.9g}", f"{lr:.9g}", f"{norm:.9g}", f"{speed:.0f}", f"{flops:.9g}", *nelbo]) + "\n")
         if validates or last or (step + 1) % max(1, o.steps // 50) == 0:
             print(f"step {step + 1}/{o.steps} | loss {loss:.4f} | loops {S} | norm {norm:.2f} | lr {lr:.2e} | {speed:.0f} tokens/s", flush=True)
@@ -557,7 +871,7 @@ def train(o):
             print("validation NELBO, nats per token:", "  ".join(f"S={s} {n}" for s, n in zip(loops, nelbo)), flush=True)
         if (step + 1) % o.save_every == 0 or last:
             log.flush()
-            checkpoint_save(model, optimizer, o.out, step + 1, rows, o.seed, flops)
+            checkpoint_save(model, optimizer, o.out, step + 1, rows, o.seed, flops, ema)
 
 
 def main():
@@ -576,8 +890,12 @@ def main():
     p.add_argument("--loop-dist", default="uniform", choices=["uniform", "fixed", "flops"], help="how a step's loops are drawn")
     for name, default in (("steps", 2000), ("batch", 16), ("accum", 1), ("warmup", 100), ("save-every", 500), ("val-every", 500), ("val-rows", 256), ("seed", 1)):
         p.add_argument(f"--{name}", type=int, default=default, help="as in loopmdm train")
-    for name, default in (("lr", 2e-3), ("floor", 0.1), ("weight-decay", 0.1), ("clip", 1.0)):
+    for name, default in (("lr", 2e-3), ("floor", 0.1), ("weight-decay", 0.1), ("clip", 1.0), ("var-length", 0.0), ("ema", 0.0)):
         p.add_argument(f"--{name}", type=float, default=default, help="as in loopmdm train")
+    p.add_argument("--time", default="uniform", choices=["uniform", "bell"], help="how noise levels are drawn")
+    p.add_argument("--answers-after", help="a token's text: rows up to and with it are context; they begin at multiples of --seq-len")
+    p.add_argument("--fixed-rows", action="store_true", help="rows begin at multiples of --seq-len in the data")
+    p.add_argument("--init", help="folder of a model of the same tensors to begin with; its loop may differ")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, also one that loopmdm wrote")
     p.add_argument("--compile", action="store_true", help="run through torch.compile")
     d = commands.add_parser("dump", help="write reference files for test_loopmdm.c", formatter_class=formatter)

@@ -31,14 +31,25 @@ build_and_run() { # NAME, compiler flags, reference files: builds program and te
         $CC -std=c11 $options $flags test_loopmdm.c -o "build/test/test_$name" -lm && "build/test/test_$name" "build/test/loopmdm_$name" "$@"
 }
 
-part compilers compilers
-$python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
-part reference build/test_loopmdm ./loopmdm dev/reference/*.bin build/test/reference/*.bin
-part without_openmp build_and_run plain "-O3 $ARCH" dev/reference/*.bin
-part portable build_and_run portable "-O2" dev/reference/*.bin
+# What uses one thread, beside the rest
 export ASAN_OPTIONS=detect_leaks=0 # memory is left to the end of the process on purpose
-part sanitizers build_and_run sanitized "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" dev/reference/*.bin
+one_thread() {
+    part compilers compilers
+    part without_openmp build_and_run plain "-O3 $ARCH" dev/reference/*.bin
+    part portable build_and_run portable "-O2" dev/reference/*.bin
+    part sanitizers build_and_run sanitized "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" dev/reference/*.bin
+    end_parts
+}
+one_thread >build/test/one_thread.out 2>&1 &
+beside=$!
+
+export OMP_NUM_THREADS=1
+OMP_WAIT_POLICY=PASSIVE $python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
 part python $python dev/test_python.py
+wait $beside
+part one_thread cat build/test/one_thread.out
+unset OMP_NUM_THREADS
+part reference build/test_loopmdm ./loopmdm dev/reference/*.bin build/test/reference/*.bin
 part cuda_on_cpu bash dev/test_cuda.sh on_cpu
 rm -rf build/test/reference
 end_parts

@@ -131,7 +131,7 @@ errors() {
 nvcc_compiles() {
     local ok=0 bad=0 precision
     for bf16 in 0 1; do
-        $NVCC -O3 -std=c++17 --threads 3 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=sm_100 \
+        $NVCC -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=sm_100 \
             --Werror all-warnings -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$bf16 -c loopmdm.cu -o "$work/loopmdm.o"
         check "$NVCC for sm_80, sm_90 and sm_100, BF16=$bf16" $?
     done
@@ -143,16 +143,29 @@ if [ "$where" = cuda ]; then
     if $PYTHON train_gpt2style.py dump --large --out "$work/reference" >/dev/null 2>&1; then references+=("$work"/reference/*.bin)
     else echo "no PyTorch in $PYTHON: without the large reference files"; fi
 fi
-for precision in fp32 bf16; do
-    part "${where}_$precision" "build/test_${where}_$precision" "build/loopmdm_${where}_$precision" "${references[@]}"
-done
-part beside_the_cpu_program beside_the_cpu_program
-if [ "$where" = on_cpu ]; then
-    part emulation bash dev/cuda/test_cuda_on_cpu.sh
-    for study in matmul attention head; do part "study_$study" "build/study_${study}_on_cpu"; done
-    part barriers barriers
+checks() { for precision in fp32 bf16; do part "${where}_$precision" "build/test_${where}_$precision" "build/loopmdm_${where}_$precision" "${references[@]}"; done; }
+if [ "$where" = cuda ]; then
+    checks
+    part beside_the_cpu_program beside_the_cpu_program
+    end_parts
+    exit
+fi
+
+# What compiles, and what takes one thread, beside the rest
+one_thread() {
     part sanitized sanitized
     part errors errors
     if command -v "$NVCC" >/dev/null; then part nvcc nvcc_compiles; else echo "no nvcc: not compiled for GPUs"; fi
-fi
+    part barriers barriers
+    end_parts
+}
+export OMP_NUM_THREADS=1
+one_thread >"$work/one_thread.out" 2>&1 &
+beside=$!
+checks
+part beside_the_cpu_program beside_the_cpu_program
+part emulation bash dev/cuda/test_cuda_on_cpu.sh
+for study in matmul attention head; do part "study_$study" "build/study_${study}_on_cpu"; done
+wait $beside
+part one_thread cat "$work/one_thread.out"
 end_parts

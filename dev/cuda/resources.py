@@ -31,7 +31,7 @@ row_loss_kernel<<<m->B, WARP>>>
 """
 WARP, THREADS, TILE, DEPTH, ATTN_ROWS, ATTN_THREADS = 32, 256, 128, 32, 64, 128
 SIMPLE = """adamw add_parts attention_delta column_sums crossentropy encoder_forward gather_backward gather_forward layernorm_backward
-    layernorm_forward layernorm_weight masked_rows noise rope round sample squares wpe_backward wte_backward""".split()
+    layernorm_forward layernorm_weight masked_rows noise rope round sample squares state_change wpe_backward wte_backward""".split()
 
 
 def launch(kernel, bf16):
