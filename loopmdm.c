@@ -232,15 +232,16 @@ static void init_parameters(float *params, Config c, uint64_t seed) { // params 
     }
 }
 
-// The noise of rows first_row, first_row + 1, .. of a step that has total_rows in all.
 enum { TIME_UNIFORM, TIME_BELL };
+
+// The noise of rows first_row, first_row + 1, .. of a step that has total_rows in all; time says how its levels are distributed.
 typedef struct { uint64_t seed, step; int first_row, total_rows, time; } Noise;
 
-// The noise level t in [eps, 1) of row b of those. Levels are stratified (Kingma et al. 2021), so that one step sees all of them evenly:
-// u = frac(u0 + row/total_rows) goes through the inverse of their distribution function F. *density is F' there.
+// The noise level t = eps + (1 - eps) w of row b of those, and *density = F'(w), where F is the distribution function of w. Levels are
+// stratified (Kingma et al. 2021): w = F^-1(frac(u0 + row/total_rows)), so that one step has every level in its proportion.
 //   uniform: F(w) = w.
-//   bell: F(w) = w/4 + 3/4 (3w^2 - 2w^3). Text teaches most where part of it is masked (arXiv 2605.13026); the uniform part keeps the
-//   weights 1/density, with which the loss stays an unbiased estimate of the same NELBO, at 4 or below.
+//   bell: F(w) = w/4 + 3/4 (3w^2 - 2w^3), a quarter uniform, the rest Beta(2,2): text teaches most at intermediate levels (arXiv 2605.13026).
+//   Divided by the density, the loss still estimates the same NELBO; the uniform part keeps 1/density at 4 or below.
 HOST_DEVICE static inline double noise_level(Noise n, int b, double *density) {
     const double eps = 1e-3;
     double strat = random_uniform(n.seed, STREAM_TIME, n.step, 0) + (double)(n.first_row + b) / n.total_rows, u = strat - floor(strat), w = u;
@@ -296,7 +297,7 @@ typedef struct {
     double temperature; // 0: always the likeliest
     int top_k;          // only from so many likeliest, more if equal (0: all)
     double top_p;       // only from the fewest likeliest that together have this probability (1: all)
-    int score;          // of the token drawn: its probability; of the position: that of the likeliest less that of the next; - entropy
+    int score;          // PROBABILITY: that of the token drawn; MARGIN: the likeliest's less the next one's; ENTROPY: minus it. Of softmax(logits) as it is
     uint64_t seed;
 } Draw;
 
@@ -353,7 +354,7 @@ static float *scratch(int use, size_t count) {
     if (capacity[use] < count) {
         free(memory[use]);
         void *p;
-        if (posix_memalign(&p, 64, count * sizeof(float))) die(FAILED, "no memory for a matrix product (%zu MiB)", count >> 18);
+        if (posix_memalign(&p, 64, count * sizeof(float))) die(FAILED, "no memory for a thread's tiles (%zu MiB)", count >> 18);
         memory[use] = (float *)p;
         capacity[use] = count;
     }
@@ -751,7 +752,8 @@ static void crossentropy_backward(float *probs, const float *weights, const int 
 
 // ---- sampling ----
 
-// Top-k and top-p without sorting, as a GPU can do it too, bit by bit: the largest threshold, in float_order(), so that the weights w (V) of the logits (V) at or above it add up to least or more.
+// For top-k and top-p without sorting, and the same on a GPU: the largest threshold such that the weights w (V) of all v with
+// float_order(logits[v]) >= threshold still add up to least. Found bit by bit.
 static uint32_t threshold_of(const float *logits, const double *w, int V, double least) {
     uint32_t threshold = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
@@ -952,7 +954,7 @@ static float *pass_input(const Model *m, int p) {
 
 // The next forward is of these tokens, x (B,T).
 static void model_tokens(Model *m, const int *x, int B, int T) {
-    if (B * T > m->max_B * m->max_T || T > m->max_T) die(FAILED, "%d rows of %d tokens are more than was reserved", B, T);
+    if (B > m->max_B || T > m->max_T) die(FAILED, "%d rows of %d tokens are more than was reserved", B, T);
     m->B = B, m->T = T;
     memcpy(m->x, x, (size_t)B * T * sizeof(int));
 }
@@ -1072,7 +1074,8 @@ static double model_loss(Model *m, int backward) {
     return loss;
 }
 
-// How far the last loop moved each row, change (B): see state_change(). m->before, and for the second difference m->before2, are as they were.
+// How far the last loop moved each row: change (B), see state_change(). m->before holds the state (B,T,C) before that loop; for the second
+// difference, m->before2 the one before the loop before it.
 static void model_change(const Model *m, double *change, int second) {
     state_change(change, m->states, m->before, second ? m->before2 : NULL, m->B, m->T, m->config.channels);
 }
@@ -1122,7 +1125,8 @@ static double gradient_norm(const Model *m) {
 static void model_update(Model *m, AdamW o, double norm, int step) {
     Shape s[NUM_TENSORS];
     tensor_shapes(m->config, s);
-    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), b1 = (float)o.beta1, b2 = (float)o.beta2, eps = (float)o.eps, ema = (float)o.ema;
+    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), b1 = (float)o.beta1, b2 = (float)o.beta2, eps = (float)o.eps;
+    float ema = (float)fmin(o.ema, (1.0 + step) / (10 + step)); // the first averages keep less, or the random start would stay in them for long
     float step_size = (float)(o.lr / (1 - pow(o.beta1, step))), correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
@@ -1135,8 +1139,10 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
             p[i] = keep * p[i] - step_size * m1[i] / (sqrtf(m2[i]) * correct + eps);
             grad[i] = 0;
         }
+        if (!m->keeps_ema) continue;
+        float *average = m->ema.tensor[t];
         OMP(omp parallel for simd if (parallel : WORTH(m->params.size[t])))
-        for (size_t i = 0; i < (m->keeps_ema ? m->params.size[t] : 0); i++) m->ema.tensor[t][i] = ema * m->ema.tensor[t][i] + (1 - ema) * p[i];
+        for (size_t i = 0; i < m->params.size[t]; i++) average[i] = ema * average[i] + (1 - ema) * p[i];
     }
 }
 
@@ -1182,10 +1188,10 @@ static int64_t data_rows(const Data *d, int T, int stride) {
     return n;
 }
 
-// Row number index of those: tokens (T)
-static void data_row(const Data *d, int *tokens, int64_t index, int T, int stride) {
+// The first T tokens of row number index of those of T_data tokens: tokens (T)
+static void data_row(const Data *d, int *tokens, int64_t index, int T, int T_data, int stride) {
     const Shard *s = d->shards;
-    for (; index >= shard_rows(*s, T, stride); s++) index -= shard_rows(*s, T, stride);
+    for (; index >= shard_rows(*s, T_data, stride); s++) index -= shard_rows(*s, T_data, stride);
     for (int t = 0; t < T; t++) tokens[t] = s->tokens[index * stride + t];
 }
 
@@ -1202,9 +1208,7 @@ static void data_batch(const Data *d, int *targets, int *given, uint64_t seed, u
     uint64_t rows = (uint64_t)data_rows(d, T_data, d->stride);
     for (int b = 0; b < B; b++) {
         int64_t index = (int64_t)(random_bits(seed, STREAM_BATCH, step, first_row + b) % rows);
-        const Shard *s = d->shards;
-        for (; index >= shard_rows(*s, T_data, d->stride); s++) index -= shard_rows(*s, T_data, d->stride);
-        for (int t = 0; t < T; t++) targets[b * T + t] = s->tokens[index * d->stride + t];
+        data_row(d, targets + b * T, index, T, T_data, d->stride);
         given[b] = data_given(d, targets + b * T, T);
     }
 }
@@ -1216,7 +1220,7 @@ static void data_fix_rows(Data *d, const char *pattern, int T, int separator) {
     for (int i = 0; i < d->num_shards; i++)
         if (d->shards[i].count % T) die(FAILED, "%s: %lld tokens are not rows of %d, the model's --seq-len", pattern, (long long)d->shards[i].count, T);
     for (int64_t r = 0; separator >= 0 && r < data_rows(d, T, T); r++) {
-        data_row(d, row, r, T, T);
+        data_row(d, row, r, T, T, T);
         int given = data_given(d, row, T);
         if (given == 0 || given == T) die(FAILED, "%s: row %lld has %s --answers-after's token", pattern, (long long)r, given ? "nothing after" : "no");
     }
@@ -1260,9 +1264,9 @@ static Data data_open(const char *pattern, int vocab_size, int T) {
 // model.bin: int32[256] header, then the parameters in the order of tensor_shapes(). ema.bin, if there is one: their average, likewise.
 // optimizer.bin: header, both moments. A CRC-32 of the whole file (taken with 0 in its place) tells a damaged one. All are written to
 // *.tmp, flushed to disk, and only then renamed, optimizer first and model last. Whenever the program is stopped, the files are the old
-// ones, the new ones, or a new optimizer.bin with the others still in *.tmp, which checkpoint_recover() completes.
+// ones, the new ones, or some new ones with the rest, model.bin among them, still in *.tmp, which checkpoint_recover() completes.
 
-// Places in the headers: of both files, and of optimizer.bin (seed and FLOPs take two each).
+// Places in the headers: of all files, and of optimizer.bin (seed and FLOPs take two each).
 enum { FILE_VERSION = 1, HEADER_STEP = 11, HEADER_CRC = 12, HEADER_ROWS = 2, HEADER_SEED = 4, HEADER_FLOPS = 6 };
 
 typedef struct { // what resuming needs besides parameters and moments
@@ -1335,6 +1339,17 @@ static void write_files(const File *files, int n) {
     if (error) die(FAILED, "cannot write %s: %s; what was there before is unchanged", files[bad].path, strerror(error));
     for (int i = 0; i < n; i++)
         if ((error = commit_file(files[i].path))) die(FAILED, "cannot rename %s.tmp to %s: %s", files[i].path, files[i].path, strerror(error));
+}
+
+// What is written must not be what is read, and neither must path.tmp, which is written first.
+static void keep_apart(const char *option, const char *path, const char *other_option, const char *other) {
+    struct stat a, b;
+    char *temporary = concat(path, ".tmp");
+    const char *names[] = {path, temporary};
+    for (int i = 0; i < 2; i++)
+        if (!stat(names[i], &a) && !stat(other, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino)
+            die(USAGE, "%s %s would overwrite %s %s: choose another name", option, path, other_option, other);
+    free(temporary);
 }
 
 static void write_file(const char *path, const Part *parts, int n) {
@@ -1410,7 +1425,7 @@ static int peek_step(const char *path, int magic) {
     return step;
 }
 
-// Completes a checkpoint whose writer was stopped between its two renames.
+// Completes a checkpoint whose writer was stopped between its renames: model.bin, the last, is still in *.tmp.
 static void checkpoint_recover(const char *folder) {
     char *model = join_path(folder, "model.bin"), *unfinished = concat(model, ".tmp"), *optimizer = join_path(folder, "optimizer.bin");
     char *ema = join_path(folder, "ema.bin"), *unfinished_ema = concat(ema, ".tmp");
@@ -1441,11 +1456,12 @@ static int checkpoint_build(Model *m, const char *folder) {
 static float *checkpoint_parameters(const Model *m, const char *folder, int averaged) {
     int header[HEADER_INTS], ema_header[HEADER_INTS];
     char *path = join_path(folder, "model.bin"), *ema_path = join_path(folder, "ema.bin");
-    float *params = read_floats(path, MODEL_MAGIC, "model", header, m->params.total);
+    float *params = read_floats(path, MODEL_MAGIC, "model", header, m->params.total); // also with an average: a damaged file is to be noticed
     if (averaged && !access(ema_path, F_OK)) {
         free(params);
         params = read_floats(ema_path, MODEL_MAGIC, "model", ema_header, m->params.total);
-        if (ema_header[HEADER_STEP] != header[HEADER_STEP]) die(FAILED, "%s is of step %d, the model beside it of step %d: they do not belong together; train --resume may complete them", ema_path, ema_header[HEADER_STEP], header[HEADER_STEP]);
+        if (ema_header[HEADER_STEP] != header[HEADER_STEP])
+            die(FAILED, "%s is of step %d, the model beside it of step %d: they do not belong together; train --resume may complete them", ema_path, ema_header[HEADER_STEP], header[HEADER_STEP]);
     }
     free(path), free(ema_path);
     return params;
@@ -1518,7 +1534,7 @@ static Gradient train_gradient(Model *m, const Data *d, Recipe o, int step) {
 // running (Pappone et al. 2025).
 typedef struct { int S; double tau; int second; } Loops; // S loops, at most if tau > 0
 
-// The next forward of m->B rows; used (B): loops of each
+// A forward of m->x (B,T); used (B): the loops of each row. tau > 0 in inference only: training keeps no states to compare.
 static void adaptive_forward(Model *m, Loops l, int *used) {
     Config c = m->config;
     int B = m->B, n = B, a = c.loop_start, width = c.loop_end - a;
@@ -1561,19 +1577,22 @@ static void adaptive_forward(Model *m, Loops l, int *used) {
 
 typedef struct { double nelbo, error, loops; } Evaluation; // nats per token, its standard error, mean loops
 
-// NELBO of rows spread over the data, each with a t of its own; the standard error is an upper estimate, as the t are stratified. Depends on
-// the seed alone: every S, and every model of the same T, sees the same masks. row_nelbo (rows) gets each row's, if it is not NULL.
+// Row number r of rows spread over the data, for evaluation: tokens (T); returns how many of them are given. Beyond the end they begin again.
+static int evaluation_row(const Data *d, int *tokens, int r, int rows, int T) {
+    int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
+    data_row(d, tokens, r * stride % available, T, T, T);
+    return data_given(d, tokens, T);
+}
+
+// NELBO of rows spread over the data, each with a t of its own; the standard error is an upper estimate, as the t are stratified. The masks
+// depend on seed, time and rows alone: every S, and every model of the same T, sees the same. row_nelbo (rows) gets each row's, if not NULL.
 static Evaluation evaluate(Model *m, const Data *d, Loops l, int time, int rows, int B, uint64_t seed, double *row_nelbo) {
     int T = m->config.max_seq_len, *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch"), *given = (int *)allocate(2 * (size_t)B, sizeof(int), "a batch"), *used = given + B;
-    int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
     double *nelbo = row_nelbo ? row_nelbo : (double *)allocate(rows, sizeof(double), "the rows"), variance = 0;
     Evaluation e = {0, 0, 0};
     for (int first = 0; first < rows; first += B) {
         int n = min_int(B, rows - first);
-        for (int i = 0; i < n; i++) {
-            data_row(d, targets + (size_t)i * T, (first + i) * stride % available, T, T);
-            given[i] = data_given(d, targets + (size_t)i * T, T);
-        }
+        for (int i = 0; i < n; i++) given[i] = evaluation_row(d, targets + (size_t)i * T, first + i, rows, T);
         Noise noise = {seed, 0, first, rows, time};
         model_noise(m, targets, given, noise, n, T);
         adaptive_forward(m, l, used);
@@ -1591,6 +1610,14 @@ static Evaluation evaluate(Model *m, const Data *d, Loops l, int time, int rows,
 // =====================================================================================================================
 // 8. Sampler
 
+// Step j of N (with blocks: of the block's turn) goes from noise level t = 1 - j/N to s = 1 - (j+1)/N. Which MASKs are filled in:
+//   random: the exact reverse process (MDLM's ancestral sampler): each is revealed with probability (t - s) / t = 1 / (N - j).
+//   confidence, margin, entropy: all are predicted, and those with the best score (see Draw) are kept, until a share (j+1)/N of the
+//     blanks is filled in (LLaDA's low-confidence remasking; Kim et al. 2025; Dream).
+//   threshold: all whose probability is above it, one at least; as many steps as that takes, without N.
+// remask (ReMDM, Wang et al. 2025): what was filled in is masked again with probability sigma = min(remask, (1 - alpha_s) / alpha_t) with
+// alpha_t = 1 - t = j/N, and more is revealed for it, with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) = (1 + sigma j) / (N - j):
+// mistakes can be taken back.
 enum { ORDER_RANDOM, ORDER_CONFIDENCE, ORDER_MARGIN, ORDER_ENTROPY, ORDER_THRESHOLD };
 
 typedef struct {
@@ -1610,13 +1637,20 @@ typedef struct {
 // which this is number step.
 typedef struct { int begin, end, step, steps; } Work;
 
+// How many blocks of x (T) have a MASK: each needs a step of its own.
+static int blocks_to_fill(const int *x, int T, int mask, int block) {
+    int n = 0, size = block ? block : T, last = -1;
+    for (int t = 0; t < T; t++)
+        if (x[t] == mask && t / size != last) last = t / size, n++;
+    return n;
+}
+
 // The blocks of a row that have blanks take turns from left to right, and share all steps evenly: of K blocks and N steps, block k has
-// floor(k N / K) .. floor((k+1) N / K) - 1. blank (T): which positions were MASK at the start.
+// floor(k N / K) .. floor((k+1) N / K) - 1; K <= N. blank (T): which positions were MASK at the start.
 static Work scheduled_work(const char *blank, int T, SampleOptions o, int step) {
     Work w = {0, 0, 0, 0};
     int size = o.block ? o.block : T, K = 0;
     for (int begin = 0; begin < T; begin += size) K += memchr(blank + begin, 1, min_int(size, T - begin)) != NULL;
-    if (K > o.steps) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", o.steps, K);
     int64_t N = o.steps, k = ((step + 1) * (int64_t)K - 1) / N, before = 0; // k: whose turn it is
     for (int begin = 0; begin < T; begin += size)
         if (memchr(blank + begin, 1, min_int(size, T - begin)) && before++ == k) {
@@ -1643,26 +1677,27 @@ typedef struct {
     double *score;                    // (R) and how good it is
 } SampleState;
 
-// Adds the candidates of one row x (T), whose positions in all rows begin at offset, to the R that there are; returns their new number.
-static int row_candidates(SampleState s, int R, int *rows, const int *x, int offset, int id, int T, int mask, SampleOptions o, int step) {
+// Adds one row x (T) to the *rows that go through the model, and its candidates to the *R that there are, if it has any to fill in.
+// offset: where the row begins among all; id: its number in the random numbers.
+static void row_candidates(SampleState s, int *R, int *rows, const int *x, int offset, int id, int T, int mask, SampleOptions o, int step) {
     const char *blank = s.blank + offset;
     Work w = o.order == ORDER_THRESHOLD ? unscheduled_work(x, T, mask, o) : scheduled_work(blank, T, o, step);
-    int blanks = 0, masked = 0, remasked = 0, first = R;
+    int blanks = 0, masked = 0, remasked = 0, n = *R;
     double j = w.step, N = w.steps, sigma = j > 0 ? fmin(o.remask, (N - j - 1) / j) : 0;
     for (int t = w.begin; t < w.end; t++) {
         uint64_t index = (uint64_t)id * T + t;
         int revealed = o.order != ORDER_RANDOM || random_uniform(o.draw.seed, STREAM_UNMASK, step, index) < (1 + sigma * j) / (N - j);
         blanks += blank[t], masked += x[t] == mask;
-        if (x[t] == mask && revealed) s.position[R] = offset + t, s.row[R++] = *rows * T + t;
+        if (x[t] == mask && revealed) s.position[n] = offset + t, s.row[n++] = *rows * T + t;
         if (blank[t] && x[t] != mask && random_uniform(o.draw.seed, STREAM_REMASK, step, index) < sigma) remasked += s.again[offset + t] = 1;
     }
-    int quota = R - first; // all of them, or up to what is to be filled in after this step, less what is now and is not taken back
+    int quota = n - *R; // random, threshold: all candidates. Else: what is to be filled in after this step, less what stays filled in
     if (o.order != ORDER_RANDOM && o.order != ORDER_THRESHOLD)
         quota = min_int(masked, (int)((int64_t)blanks * (w.step + 1) / max_int(1, w.steps)) - (blanks - masked - remasked));
-    if (quota <= 0) return first;
+    if (quota <= 0) return;
     memcpy(s.active + *rows * T, x, T * sizeof(int));
-    s.ids[*rows] = id, s.quota[(*rows)++] = quota;
-    return R;
+    s.ids[*rows] = id, s.quota[*rows] = quota;
+    *R = n, *rows += 1;
 }
 
 // Of the candidates begin .. end-1 of a row, those with the best scores go into x (B,T): quota of them, or all above the threshold and
@@ -1684,27 +1719,21 @@ static void keep_best(int *x, SampleState s, int begin, int end, int quota, int 
 // Fills in every MASK of x (B,T); other tokens never change. Row b draws the random numbers of row first_row + b, so that a text does not
 // depend on the others in its batch; rows with nothing to do in a step are left out of its forward, and without rows there is none.
 // show, if not NULL, is called after every step with work to do.
-//
-// random: the exact reverse process (MDLM's ancestral sampler). From noise level t = 1 - step/steps to s = t - 1/steps, a token is revealed
-//   with probability (t - s) / t = 1 / (steps - step).
-// confidence, margin, entropy: all masked tokens are predicted, and those with the best score (see Draw) are kept, an equal share in every
-//   step: LLaDA's low-confidence remasking, Kim et al. 2025, Dream.
-// threshold: all whose probability is above it are kept, one at least, in as many steps as that takes.
-// remask: what was filled in is masked again with probability sigma = min(remask, (1 - alpha_s) / alpha_t), and more is revealed for it
-//   (ReMDM, Wang et al. 2025): mistakes can be taken back. In step j of N alpha_t = j / N, alpha_s = (j + 1) / N, and the probability to be
-//   revealed is (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) = (1 + sigma j) / (N - j).
 static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_row, SampleReport *report,
                    void (*show)(const int *x, int T, int step, void *), void *show_data) {
     int BT = B * T, mask = m->config.vocab_size, n_masks = 0;
     char *flags = (char *)allocate(2 * (size_t)BT, 1, "sampling");
-    int *ints = (int *)allocate(4 * (size_t)BT + 3 * (size_t)B, sizeof(int), "sampling"), *row_ints = ints + 4 * (size_t)BT;
+    int *ints = (int *)allocate(4 * (size_t)BT + 3 * (size_t)B, sizeof(int), "sampling");
     double *score = (double *)allocate(BT, sizeof(double), "sampling");
-    SampleState s = {flags, flags + BT, ints, row_ints, row_ints + B, row_ints + 2 * B, ints + BT, ints + 2 * (size_t)BT, ints + 3 * (size_t)BT, score};
+    SampleState s;
+    s.blank = flags, s.again = flags + BT, s.score = score;
+    s.active = ints, s.position = s.active + BT, s.row = s.position + BT, s.token = s.row + BT;
+    s.ids = s.token + BT, s.used = s.ids + B, s.quota = s.used + B;
     for (int i = 0; i < BT; i++) n_masks += s.blank[i] = x[i] == mask;
     for (int step = 0; o.order == ORDER_THRESHOLD ? n_masks > 0 : step < o.steps; step++) {
         int R = 0, rows = 0, changed = 0;
         memset(s.again, 0, BT);
-        for (int b = 0; b < B; b++) R = row_candidates(s, R, &rows, x + b * T, b * T, first_row + b, T, mask, o, step);
+        for (int b = 0; b < B; b++) row_candidates(s, &R, &rows, x + b * T, b * T, first_row + b, T, mask, o, step);
         if (R) {
             model_tokens(m, s.active, rows, T);
             adaptive_forward(m, o.loops, s.used);
@@ -1738,7 +1767,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
 enum { TRAIN = 1, EVAL = 2, SAMPLE = 4, ATTENTION = 8, TOKENIZE = 16, INFO = 32, FLOPS = 64 };
 
 static const struct { const char *name; int flag; const char *about; } commands[] = {
-    {"train", TRAIN, "Trains a model on token shards; writes model.bin, optimizer.bin, tokenizer.bin and log.csv into --out."},
+    {"train", TRAIN, "Trains a model on token shards; writes model.bin, optimizer.bin, tokenizer.bin, log.csv and, with --ema,\nema.bin into --out."},
     {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops; or solves puzzles (--sudoku),\n"
                    "or answers questions (--exact-match)."},
     {"sample", SAMPLE, "Writes text: from nothing, from a beginning (--prompt), or into the blanks of a template (--fill)."},
@@ -1779,13 +1808,13 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"vocab", TRAIN | INFO | FLOPS, 'i', &opt_vocab, 1, "V", "tokens, where there is no --tokenizer"},
     {"loop", TRAIN | INFO | FLOPS, 's', &opt_loop, 0, "A:B", "loop over layers A .. B-1; 0:0 for an ordinary MDM"},
     {"max-loops", TRAIN | INFO | FLOPS, 'i', &opt_max_loops, 1, "S", "loops in training: 1 to S"},
-    {"init", TRAIN, 's', &opt_init, 0, "FOLDER", "begin with the parameters of another model of the same shape; its loop may differ"},
+    {"init", TRAIN, 's', &opt_init, 0, "FOLDER", "begin with the parameters (averaged, if there is an ema.bin) of another model of the same shape; its loop may differ"},
     {"loop-dist", TRAIN, 's', &opt_loop_dist, 0, "NAME", "how a step's loops are drawn: uniform, fixed (always S), flops (p ~ 1/FLOPs)"},
     {"time", TRAIN | EVAL, 's', &opt_time, 0, "NAME", "how noise levels are drawn: uniform, bell (intermediate ones more often, weighted for it)"},
     {"var-length", TRAIN, 'f', &opt_var_length, 0, "SHARE", "of steps whose rows are cut to a length from 1 to T"},
     {"fixed-rows", TRAIN, 'b', &opt_fixed_rows, 0, "", "the data are rows of T tokens, such as boards; without it rows begin anywhere"},
     {"answers-after", TRAIN | EVAL | ATTENTION, 's', &opt_answers_after, 0, "TOKEN", "fixed rows in which all up to this token is context; only the rest is masked and learned"},
-    {"ema", TRAIN, 'f', &opt_ema, 0, "DECAY", "also keep an average of the parameters, such as 0.999, which eval and sample then use (--val-data is tried on the last ones)"},
+    {"ema", TRAIN, 'f', &opt_ema, 0, "DECAY", "also keep an average of the parameters, such as 0.999, which eval, sample and attention then use (--val-data is tried on the last ones)"},
     {"out", TRAIN, 's', &opt_out, 0, "FOLDER", "where the model goes"},
     {"resume", TRAIN, 'b', &opt_resume, 0, "", "continue from the checkpoint in --out, exactly, with the same options"},
     {"steps", TRAIN, 'i', &opt_steps, 1, "N", "optimizer steps in all"},
@@ -2029,16 +2058,17 @@ static void fix_rows(Data *d, const char *pattern, const Tokenizer *t, int T) {
     int separator = -1;
     if (opt_answers_after) {
         size_t length = strlen(opt_answers_after);
-        for (int i = 0; t && i < t->vocab_size; i++)
-            if (separator < 0 && (size_t)t->length[i] == length && !memcmp(t->bytes[i], opt_answers_after, length)) separator = i;
         if (!t) die(USAGE, "--answers-after needs --tokenizer, to find that token");
+        for (int i = 0; i < t->vocab_size; i++)
+            if (separator < 0 && (size_t)t->length[i] == length && !memcmp(t->bytes[i], opt_answers_after, length)) separator = i;
         if (separator < 0) die(USAGE, "--answers-after: '%s' is no token of the tokenizer", opt_answers_after);
     }
     if (opt_answers_after || opt_fixed_rows || opt_sudoku) data_fix_rows(d, pattern, T, separator);
 }
 
-// The parameters of --init for m, which has the configuration c
-static float *initial_parameters(const Model *m, Config c) {
+// What a new model m begins with, (total): the parameters of --init (their average, if it has one), or random ones
+static float *initial_parameters(const Model *m) {
+    Config c = m->config;
     Model other;
     if (opt_init) {
         checkpoint_build(&other, opt_init);
@@ -2064,10 +2094,10 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
         if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
         m->keeps_ema = opt_ema > 0;
-        float *params = initial_parameters(m, c);
+        float *params = initial_parameters(m);
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
         model_set_parameters(m, params);
-        unlink(ema); // of an earlier model in this folder
+        if (unlink(ema) && errno != ENOENT) die(FAILED, "cannot remove %s, of an earlier model: %s", ema, strerror(errno));
         if (m->keeps_ema) tensors_write(&m->ema, params);
         free(params);
     } else {
@@ -2075,7 +2105,7 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
         int step = checkpoint_build(m, opt_out);
         if (memcmp(&m->config, &c, sizeof c))
             die(USAGE, "--resume: %s has another shape (loopmdm info --model %s); give the options it was begun with", saved, opt_out);
-        if ((access(ema, F_OK) == 0) != (opt_ema > 0)) die(USAGE, "--resume: this run was begun %s --ema", opt_ema > 0 ? "without" : "with");
+        if ((access(ema, F_OK) == 0) != (opt_ema > 0)) die(USAGE, "--resume: %s", opt_ema > 0 ? "this run was begun without --ema, or its ema.bin is lost" : "this run was begun with --ema");
         m->keeps_ema = opt_ema > 0;
         model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
         p = checkpoint_resume(m, opt_out, step);
@@ -2083,6 +2113,12 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
             die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
     }
     if (p.step > opt_steps) die(USAGE, "--resume: %s is at step %d already, beyond --steps %d", saved, p.step, opt_steps);
+    if (opt_tokenizer && opt_resume && !access(copy, F_OK)) {
+        size_t size;
+        const unsigned char *old = map_file(copy, TOKENIZER_MAGIC, "tokenizer", &size);
+        if (size != tokenizer->file_size || memcmp(old, tokenizer->file, size))
+            die(USAGE, "--resume: --tokenizer %s is not the one this run was begun with, %s", opt_tokenizer, copy);
+    }
     if (opt_tokenizer) {
         Part part = {tokenizer->file, tokenizer->file_size};
         write_file(copy, &part, 1);
@@ -2200,9 +2236,9 @@ static int parse_taus(double *taus, int most, int max_loops, Loops *l) {
     static const char *const criteria[] = {"change", "second"};
     int n = 0;
     char *end;
-    l->S = max_loops, l->tau = taus[0] = 0, l->second = choose("criterion", opt_criterion, criteria, 2);
+    l->S = max_loops, l->tau = 0, l->second = choose("criterion", opt_criterion, criteria, 2);
     only_with("--adaptive", opt_adaptive != NULL, " max-loops criterion ");
-    if (!opt_adaptive) return 1;
+    if (!opt_adaptive) return 0;
     if (opt_loops) die(USAGE, "--adaptive excludes --loops; --max-loops sets the most");
     if (opt_max_loops > 0) l->S = opt_max_loops;
     if (l->S > 100000) die(USAGE, "--max-loops %d are too many", l->S);
@@ -2222,7 +2258,8 @@ static SampleOptions sample_options(Loops loops, int steps, double temperature) 
     int order = choose("order", opt_order, orders, 5), score = order == ORDER_MARGIN ? SCORE_MARGIN : order == ORDER_ENTROPY ? SCORE_ENTROPY : SCORE_PROBABILITY;
     if (opt_remask > 1 || opt_top_p > 1 || opt_threshold > 1) die(USAGE, "--remask, --top-p and --threshold are probabilities: at most 1");
     only_with("--order threshold", order == ORDER_THRESHOLD, " threshold ");
-    if (opt_remask > 0 && order == ORDER_THRESHOLD) die(USAGE, "--remask needs a schedule of steps, which --order threshold has not");
+    only_with("a schedule of steps, which --order threshold has not", order != ORDER_THRESHOLD, " steps remask ");
+    only_with("--temperature above 0", temperature > 0, " top-k top-p ");
     SampleOptions o = {steps, order, opt_block, opt_threshold, opt_remask, loops, {temperature, opt_top_k, opt_top_p, score, opt_seed}};
     return o;
 }
@@ -2244,9 +2281,12 @@ static void eval(void) {
     if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
     if (opt_adaptive && (opt_by_t || opt_by_loop)) die(USAGE, "--by-t and --by-loop are for fixed numbers of loops: they exclude --adaptive");
     only_with("--sudoku or --exact-match", opt_sudoku || opt_exact_match, " steps order threshold block remask temperature top-k top-p ");
+    only_with("a NELBO, which --sudoku and --exact-match do not estimate", !opt_sudoku && !opt_exact_match, " time ");
     only_with("--by-t", opt_by_t != NULL, " buckets ");
     sample_options(l, 1, opt_eval_temperature); // dies if they make no sense
     if (opt_sudoku + opt_exact_match + (opt_by_t != NULL) + (opt_by_loop != NULL) > 1) die(USAGE, "--sudoku, --exact-match, --by-t and --by-loop exclude each other");
+    if (opt_by_t) csv_check("--by-t", opt_by_t);
+    if (opt_by_loop) csv_check("--by-loop", opt_by_loop);
     model_reserve(&m, B, T, 1, 0, 0);
     checkpoint_load(&m, opt_model, !opt_raw);
     if (opt_sudoku || opt_exact_match) {
@@ -2255,9 +2295,9 @@ static void eval(void) {
         eval_solutions(&m, step, &data, &t, l, loops, n, taus, num_taus, B);
         return;
     }
-    double nats_to_bits = has_tokenizer ? tokens_per_byte(&data, &t, opt_rows, T) / log(2) : NAN;
+    double nats_to_bits = has_tokenizer && data.stride == 1 ? tokens_per_byte(&data, &t, opt_rows, T) / log(2) : 0; // rows of their own are filled up with end-of-text
     printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
-    printf("%sloops  passes  NELBO, nats/token  perplexity at most  bits/byte  GFLOP/row  tokens/s\n", opt_adaptive ? "   tau  " : "");
+    printf("%sloops  passes  NELBO, nats/token  perplexity at most%s  GFLOP/row  tokens/s\n", opt_adaptive ? "   tau  " : "", nats_to_bits > 0 ? "  bits/byte" : "");
     for (int i = 0; i < (opt_adaptive ? num_taus : n); i++) {
         if (opt_adaptive) l.tau = taus[i];
         else l.S = loops[i];
@@ -2267,8 +2307,9 @@ static void eval(void) {
         if (!isfinite(e.nelbo)) die(FAILED, "--model: the loss of %s is %g at %d loops: its training went wrong", opt_model, e.nelbo, l.S);
         if (opt_adaptive) printf("%6g  %5.2f  %6.2f", l.tau, e.loops, passes);
         else printf("%5d  %6.0f", l.S, passes);
-        printf("    %.4f +- %.4f  %18.2f  %9.3f  %9.3f  %8.0f\n", e.nelbo, e.error, exp(e.nelbo), e.nelbo * nats_to_bits,
-               (pass_flops(m.config, T, passes) + 0.5 * head_flops(m.config)) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
+        printf("    %.4f +- %.4f  %18.2f", e.nelbo, e.error, exp(e.nelbo));
+        if (nats_to_bits > 0) printf("  %9.3f", e.nelbo * nats_to_bits);
+        printf("  %9.3f  %8.0f\n", (pass_flops(m.config, T, passes) + 0.5 * head_flops(m.config)) * T * 1e-9, (double)opt_rows * T / (seconds() - began));
         fflush(stdout);
     }
     if (opt_by_t) eval_by_t(&m, &data, loops, n, time, B);
@@ -2320,6 +2361,7 @@ static int encode_start(const Model *m, const Tokenizer *t, int *x, int most, co
         free(room);
     }
     for (int i = 0; i < T; i++) blanks += x[i] == mask;
+    if (T == 1 && !opt_puzzle) die(USAGE, "--model has room for one token, the end-of-text: there is nothing to write");
     if (!blanks && !opt_prompt) die(USAGE, "%s has no blank: write %s where a token is to be filled in", option, opt_puzzle ? "." : "____");
     return T;
 }
@@ -2333,6 +2375,7 @@ static char *read_text(const char *path) { // a whole file, with a zero after it
         if (size + n + 1 == room && !(text = (char *)realloc(text, room *= 2))) die(FAILED, "no memory for %s", path);
     if (ferror(file)) die(FAILED, "cannot read %s: %s", path, strerror(errno));
     fclose(file);
+    if (memchr(text, 0, size)) die(FAILED, "%s holds a zero byte, so it is no text: write one template in a line", path);
     text[size] = 0;
     return text;
 }
@@ -2344,6 +2387,7 @@ static void sample_command(void) {
     int steps;
     if (!opt_model) die(USAGE, "sample needs --model; see loopmdm sample --help");
     if (!!opt_prompt + !!opt_fill + !!opt_fill_file + !!opt_puzzle > 1) die(USAGE, "--prompt, --fill, --fill-file and --puzzle exclude each other");
+    only_with("--watch", opt_watch, " show-loops ");
     if (opt_length >= 0 && (opt_fill || opt_fill_file || opt_puzzle)) die(USAGE, "--length excludes --fill, --fill-file and --puzzle, which have a length of their own");
     checkpoint_build(&m, opt_model);
     Tokenizer t = model_tokenizer(&m, opt_model);
@@ -2361,23 +2405,25 @@ static void sample_command(void) {
     if (templates) text = templates;
 
     int B = opt_watch ? 1 : min_int(opt_n, 16), *start = (int *)allocate(most, sizeof(int), "the text"), *x = (int *)allocate((size_t)B * most, sizeof(int), "the texts");
-    int slots = max_int(steps, most), blanks = 0, printed = 0;
+    int slots = max_int(steps, most), printed = 0;
+    int64_t blanks = 0;
     SampleReport report = {0, 0, 0, 0, (double *)allocate(2 * (size_t)slots, sizeof(double), "the report"), NULL};
     report.step_loops = report.step_rows + slots;
-    for (int number = 0, at = 0; templates && number < num_texts; number++, at += (int)strlen(text + at) + 1) { // errors come before any text
+    for (int number = 0, at = 0; number < num_texts; number++, at += (int)strlen(text + at) + 1) { // errors come before any text
         char where[64];
         snprintf(where, sizeof where, "--fill-file, template %d", number + 1);
-        encode_start(&m, &t, start, most, where, text + at);
+        int T = encode_start(&m, &t, start, most, templates ? where : option, text + at), blocks = blocks_to_fill(start, T, m.config.vocab_size, opt_block);
+        if (steps < blocks && o.order != ORDER_THRESHOLD) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", steps, blocks);
     }
     model_reserve(&m, B, most, 1, 0, 0);
     checkpoint_load(&m, opt_model, !opt_raw);
     double began = seconds();
     for (int number = 0; number < num_texts; number++, text += strlen(text) + 1) {
-        o.draw.seed = opt_seed + (uint64_t)number; // templates differ in length, and so in the places of their random numbers
+        o.draw.seed = opt_seed + (uint64_t)number; // row numbers begin again: other random numbers
         int T = encode_start(&m, &t, start, most, option, text), side = opt_puzzle ? (int)lrint(sqrt(T)) : 0;
         if (side * side != T && side) die(USAGE, "--puzzle: %d cells are no square", T);
-        for (int first = 0; first < opt_n; first += B) {
-            int n = min_int(B, opt_n - first);
+        for (int first = 0, n; first < opt_n; first += n) { // += B could pass INT_MAX
+            n = min_int(B, opt_n - first);
             Watch w = {&t, &m, 0, side, opt_show_loops ? l.S : 0};
             for (int b = 0; b < n; b++) memcpy(x + b * T, start, T * sizeof(int));
             for (int i = 0; i < n * T; i++) blanks += x[i] == m.config.vocab_size;
@@ -2397,7 +2443,7 @@ static void sample_command(void) {
     for (int i = 0; i < slots; i++)
         if (opt_adaptive && report.step_rows[i]) fprintf(stderr, " %.1f", report.step_loops[i] / report.step_rows[i]);
     if (opt_adaptive) fprintf(stderr, "\n");
-    fprintf(stderr, "%d tokens in %d forwards, %.2f loops on average, %.3f GFLOP, %.0f tokens/s\n", blanks, report.forwards, report.loops / fmax(1, report.rows),
+    fprintf(stderr, "%lld tokens in %d forwards, %.2f loops on average, %.3f GFLOP, %.0f tokens/s\n", (long long)blanks, report.forwards, report.loops / fmax(1, report.rows),
             report.flops * 1e-9, blanks / took);
     free(start), free(x), free(templates), free(report.step_rows);
     model_free(&m);
@@ -2425,11 +2471,11 @@ static void tokenize(void) {
         free(ids);
         return;
     }
-    struct stat info, other;
+    struct stat info;
     if (stat(opt_input, &info)) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     if (!S_ISREG(info.st_mode)) die(FAILED, "cannot read %s: it is a folder, device or pipe", opt_input);
-    if (!stat(opt_output, &other) && other.st_dev == info.st_dev && other.st_ino == info.st_ino) die(USAGE, "--output is --input: %s", opt_input);
-    if (!strcmp(opt_output, opt_tokenizer)) die(USAGE, "--output is --tokenizer: %s", opt_output);
+    keep_apart("--output", opt_output, "--input", opt_input);
+    keep_apart("--output", opt_output, "--tokenizer", opt_tokenizer);
     FILE *in = fopen(opt_input, "rb");
     if (!in) die(FAILED, "cannot read %s: %s", opt_input, strerror(errno));
     if (info.st_size == 0 || info.st_size >= INT_MAX)

@@ -1190,7 +1190,7 @@ static float *pass_input(const Model *m, int p) {
 }
 
 static void model_tokens(Model *m, const int *x, int B, int T) {
-    if (B * T > m->max_B * m->max_T || T > m->max_T) die(FAILED, "%d rows of %d tokens are more than was reserved", B, T);
+    if (B > m->max_B || T > m->max_T) die(FAILED, "%d rows of %d tokens are more than was reserved", B, T);
     m->B = B, m->T = T;
     to_device(m->x, x, (size_t)B * T * sizeof(int));
 }
@@ -1368,11 +1368,12 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     Shape s[NUM_TENSORS];
     tensor_shapes(m->config, s);
     float scale = (float)fmin(1, o.clip / (norm + 1e-6)), step_size = (float)(o.lr / (1 - pow(o.beta1, step))), correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
+    float ema = (float)fmin(o.ema, (1.0 + step) / (10 + step));
     for (int t = 0; t < NUM_TENSORS; t++) {
         float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
         size_t n = m->params.size[t], at = m->params.tensor[t] - m->params.data;
         adamw_kernel<<<blocks(n, THREADS), THREADS>>>(m->params.tensor[t], m->paramsx + at, m->grads.tensor[t], m->moment1.tensor[t], m->moment2.tensor[t], m->ema.tensor[t], n,
-                                                      scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps, (float)o.ema);
+                                                      scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps, ema);
         launched("adamw");
     }
 }

@@ -301,7 +301,7 @@ static void check_reference(const char *path, const char *folder) {
     // ten optimizer steps of two batches each, with S varying; then again with bell-shaped t, half the steps shorter, and an average
     for (int k = 0; k < 2; k++) {
         Model trained;
-        AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, k ? 0.9 : 0};
+        AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, k ? 0.4 : 0};
         Recipe recipe = {LOOPS_UNIFORM, k ? TIME_BELL : TIME_UNIFORM, k ? 0.5 : 0, (uint64_t)seed, 2 * B, B};
         double loss_error = 0, norm_error = 0, drawn_error = 0;
         const float *loss = floats(&d, k ? "train2_loss" : "train_loss", 0), *norm = floats(&d, k ? "train2_norm" : "train_norm", 0);
@@ -1273,6 +1273,12 @@ static void check_tasks(const char *d) {
     expect_error(d, 1, "no puzzle", "eval --model %s/boards --data %s/answers.bin --sudoku", d, d);
     expect_error(d, 2, "--answers-after", "eval --model %s/boards --data %s/answers.bin --exact-match", d, d);
     expect_error(d, 1, "cannot write", "eval --model %s/whole --data %s/data.bin --rows 8 --by-t %s/nowhere/x.csv", d, d, d);
+    expect_error(d, 1, "cannot write", "eval --model %s/whole --data %s/data.bin --by-loop %s/nowhere/x.csv", d, d, d);
+    expect_error(d, 2, "would overwrite --model", "eval --model %s/whole --data %s/data.bin --rows 8 --by-loop %s/whole/model.bin", d, d, d);
+    expect_error(d, 2, "would overwrite --data", "attention --model %s/whole --data %s/data.bin --rows 8 --csv %s/data.bin", d, d, d);
+    expect_error(d, 2, "no effect without a schedule", "sample --model %s/whole --order threshold --steps 4", d);
+    expect_error(d, 2, "no effect without --temperature", "sample --model %s/whole --temperature 0 --top-k 4", d);
+    expect_error(d, 2, "no effect without --watch", "sample --model %s/whole --show-loops", d);
     expect_error(d, 1, "no story fits", "tokenize --tokenizer %s/board.tok --input %s/rows.txt --output %s/rows2.bin --rows-of 3", d, d, d);
     expect_error(d, 1, "cannot read", "sample --model %s/whole --fill-file %s/nothing", d, d);
 }
@@ -1376,7 +1382,7 @@ static void check_command_line(const char *d) {
     expect_error(d, 2, "two layers", "train %s --loop 4294967297:2 --out %s/no", base, d);
     expect_error(d, 2, "too many rows", "train %s --val-rows 2147483647 --out %s/no", base, d);
     expect_error(d, 2, "beyond --steps", "train %s %s --out %s/whole --resume --steps 3", base, long_run, d);
-    expect_error(d, 2, "is --input", "tokenize --tokenizer %s/test.tok --input %s/text --output %s/text", d, d, d);
+    expect_error(d, 2, "would overwrite --input", "tokenize --tokenizer %s/test.tok --input %s/text --output %s/text", d, d, d);
     expect_error(d, 1, "device or pipe", "tokenize --tokenizer %s/test.tok --input %s/text --output /dev/null", d, d);
     snprintf(path[0], sizeof path[0], "mkfifo %s/pipe", d);
     check("make", system(path[0]), 0, "a pipe");

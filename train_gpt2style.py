@@ -344,8 +344,10 @@ def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema, a LoopMDM, moves towards model: the exponential moving average of the parameters over steps (Polyak and Juditsky 1992)."""
+def update_ema(ema, model, decay, step):
+    """ema, a LoopMDM, moves towards model after step (from 1): the exponential moving average of the parameters over steps (Polyak and
+    Juditsky 1992). Early steps keep less of it than decay, as in MDLM, or the random start would stay in it for long."""
+    decay = float(np.float32(min(decay, (1 + step) / (10 + step))))
     for average, p in zip(ema.parameters(), model.parameters()):
         average.copy_(decay * average + (1 - decay) * p)
 
@@ -769,7 +771,7 @@ def dump(path, c, seed, B, T, loops):
     optimizer, draws = make_optimizer(model, 1e-3, 0.1), Draws("bell", var_length=0.5)
     for step in range(10):
         losses.append(train_step(model, model.loss, optimizer, shards, seed, step, B, 2, "uniform", learning_rate(1e-3, 0.1, 3, 10, step), 1.0, draws))
-        update_ema(ema, model, 0.9)
+        update_ema(ema, model, 0.4, step + 1)
     for name, i, kind in (("loss", 0, np.float32), ("loops", 1, np.int32), ("norm", 3, np.float32), ("length", 5, np.int32)):
         out[f"train2_{name}"] = np.array([s[i] for s in losses], kind)
     lengths, norms = out["train2_length"], out["train2_norm"]
@@ -859,7 +861,7 @@ def train(o):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             sys.exit(f"step {step + 1}: the loss is {loss} and its gradient {norm}")
         if ema:
-            update_ema(ema, model, o.ema)
+            update_ema(ema, model, o.ema, step + 1)
         flops += flops_per_token(c, T, S, masked / (rows * T), True) * rows * T
         speed, last = rows * T / (time.time() - began), step + 1 == o.steps
         validates = val and ((step + 1) % o.val_every == 0 or last)

@@ -24,18 +24,28 @@ static FILE *csv_open(const char *path, const char *columns) {
     return file;
 }
 
+// Before anything is computed: can it be written, and without overwriting what is read?
+static void csv_check(const char *option, const char *path) {
+    static const char *const files[] = {"model.bin", "ema.bin", "optimizer.bin", "tokenizer.bin"};
+    for (int i = 0; i < 4; i++) keep_apart(option, path, "--model's", join_path(opt_model, files[i]));
+    glob_t g;
+    if (!glob(opt_data, 0, NULL, &g)) {
+        for (size_t i = 0; i < g.gl_pathc; i++) keep_apart(option, path, "--data", g.gl_pathv[i]);
+        globfree(&g);
+    }
+    if (opt_tokenizer) keep_apart(option, path, "--tokenizer", opt_tokenizer);
+    fclose(csv_open(path, ""));
+    unlink(concat(path, ".tmp"));
+}
+
 static void csv_close(FILE *file, const char *path) {
     int failed = ferror(file) | fflush(file), error = errno;
     if (fclose(file)) failed = 1, error = errno;
     if (!failed) failed = error = commit_file(path);
-    if (failed) die(FAILED, "cannot write %s: %s", path, strerror(error));
-}
-
-// Row number r of rows spread over the data, as evaluate() takes them: tokens (T); returns how many of them are given.
-static int evaluation_row(const Data *d, int *tokens, int r, int rows, int T) {
-    int64_t available = data_rows(d, T, T), stride = available > rows ? available / rows : 1;
-    data_row(d, tokens, r * stride % available, T, T);
-    return data_given(d, tokens, T);
+    if (failed) {
+        unlink(concat(path, ".tmp"));
+        die(FAILED, "cannot write %s: %s; what was there before is unchanged", path, strerror(error));
+    }
 }
 
 // How many tokens a byte of text has, in the rows that evaluate() takes; end-of-text counts as the one byte that a file needs between texts.
@@ -151,6 +161,7 @@ static void attention(void) {
     Data d = data_open(opt_data, V, T);
     fix_rows(&d, opt_data, find_tokenizer(&tokenizer, &m, opt_model) ? &tokenizer : NULL, T);
     if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
+    if (opt_csv) csv_check("--csv", opt_csv);
     model_reserve(&m, B, T, 1, 0, 0);
     checkpoint_load(&m, opt_model, !opt_raw);
     int *targets = (int *)allocate((size_t)B * T, sizeof(int), "a batch"), *given = (int *)allocate(B, sizeof(int), "a batch"), *x = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
@@ -190,6 +201,7 @@ static void attention(void) {
                 row[bh] = sum;
             }
             for (int bh = 0; bh < n * NH; bh++) {
+                if (!isfinite(row[bh].to_masked + row[bh].to_unmasked)) die(FAILED, "--model: the attention of %s is not finite: its training went wrong", opt_model);
                 Attention *a = table + ((size_t)p * NH + bh % NH) * n_buckets + bucket_of(noise_level(noise, bh / NH, &density));
                 a->queries += row[bh].queries, a->to_masked += row[bh].to_masked, a->to_unmasked += row[bh].to_unmasked, a->uniform += row[bh].uniform;
             }
@@ -256,22 +268,23 @@ static void eval_solutions(Model *m, int step, const Data *d, const Tokenizer *t
     int T = m->config.max_seq_len, mask = m->config.vocab_size, steps[MOST_LOOPS], num_steps = parse_list("steps", opt_eval_steps, steps, MOST_LOOPS);
     int64_t available = data_rows(d, T, T) / (opt_sudoku ? 2 : 1);
     int n = available < opt_rows ? (int)available : opt_rows, *rows = (int *)allocate((size_t)n * T * 2, sizeof(int), "the rows"), *wanted = rows + (size_t)n * T;
-    int *x = (int *)allocate((size_t)B * T, sizeof(int), "a batch");
+    int *x = (int *)allocate((size_t)B * T, sizeof(int), "a batch"), blocks = 0;
     for (int r = 0; r < n; r++) {
         int *row = rows + (size_t)r * T, *solution = wanted + (size_t)r * T, differs = 0, blanks = 0;
-        data_row(d, row, opt_sudoku ? 2 * (int64_t)r : r, T, T);
-        data_row(d, solution, opt_sudoku ? 2 * (int64_t)r + 1 : r, T, T);
+        data_row(d, row, opt_sudoku ? 2 * (int64_t)r : r, T, T, T);
+        data_row(d, solution, opt_sudoku ? 2 * (int64_t)r + 1 : r, T, T, T);
         for (int i = opt_sudoku ? 0 : data_given(d, row, T); i < T; i++) {
             int blank = !opt_sudoku || row[i] == t->byte_id[(unsigned char)'.'];
             if (blank) row[i] = mask, blanks++;
             else differs += row[i] != solution[i];
         }
+        blocks = max_int(blocks, blocks_to_fill(row, T, mask, opt_block));
         if (opt_sudoku && (differs || !blanks)) die(FAILED, "%s: row %d is no puzzle with its solution after it", opt_data, 2 * r);
     }
     if (!n) die(FAILED, "%s has no puzzle with its solution after it", opt_data);
     if (sample_options(l, 1, 0).order == ORDER_THRESHOLD) num_steps = 1, steps[0] = 0; // as many as it takes
-    for (int k = 0; k < num_steps && opt_block; k++)
-        if (steps[k] && steps[k] < (T + opt_block - 1) / opt_block) die(USAGE, "--steps %d are fewer than the %d blocks of --block %d", steps[k], (T + opt_block - 1) / opt_block, opt_block);
+    for (int k = 0; k < num_steps; k++)
+        if (steps[k] && steps[k] < blocks) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", steps[k], blocks);
     printf("%s, step %d: %d %s, order %s\n\n%s  loops  steps  forwards      right  GFLOP/row\n", opt_model, step, n, opt_sudoku ? "boards" : "questions", opt_order, opt_adaptive ? "   tau" : "");
     for (int i = 0; i < (opt_adaptive ? num_taus : num_loops); i++)
         for (int k = 0; k < num_steps; k++) {

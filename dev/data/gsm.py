@@ -181,8 +181,9 @@ def main():
         help="trains a tokenizer of so many tokens on --input, and writes it to --tokenizer")
     args = parser.parse_args()
     paths = {"--input": args.input, "--output": args.output, "--tokenizer": args.tokenizer}
-    if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
-        parser.error(f"{', '.join(paths)} must be three different files")
+    names = [*paths.values(), args.output + ".tmp", args.tokenizer + ".tmp"]    # .tmp: what is written first
+    if len({os.path.realpath(path) for path in names}) < len(names):
+        parser.error(f"{', '.join(paths)} must be three different files, none another's name with .tmp")
     try:
         make(args)
     except (OSError, ValueError) as e:
