@@ -2,6 +2,7 @@
 # make train    builds, writes stories, trains, evaluates, samples: 3 to 4 minutes on 2 cores, cc and make alone
 # make check    checks the C program against the reference files in the repository: cc alone
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
+# make bench    speed and memory beside PyTorch: half an hour (dev/bench)
 # make clean    removes what was built, the trained model too
 #
 # make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)
@@ -145,7 +146,19 @@ test:
 	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
 	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
+# dev/bench: where the time of a step goes (a program), and what bench.py cannot time from outside (the same file as a library)
+HELPERS = gemm,exp_fast,largest_of,scratch,_int,random,mix64,noise_level,becomes_mask,tensor,seconds,pass_acts,pass_input,data_row,data_given,float_order,omp_fn
+build/profile: dev/bench/profile.c loopmdm.c $(HEADERS) build/flags
+	$(CC) $(CFLAGS) -finstrument-functions -finstrument-functions-exclude-function-list=$(HELPERS) $< -o $@ -lm
+
+build/profile.so: dev/bench/profile.c loopmdm.c $(HEADERS) build/flags
+	$(CC) $(CFLAGS) -shared -fPIC $< -o $@ -lm
+
+bench: .venv/ready loopmdm build/profile build/profile.so
+	build/profile
+	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite --loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
+
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE
+.PHONY: all train check bench test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE
