@@ -439,6 +439,32 @@ static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col
     }
 }
 
+// The same in one thread for a B that several products use: gemm_pack_all() packs it, b_packed (K, N rounded up to NR) in steps of KC.
+static size_t gemm_packed_size(int N, int K) { return (size_t)(N + NR - 1) / NR * NR * K; }
+
+static void gemm_pack_all(float *b_packed, int N, int K, const float *b, size_t b_row, size_t b_col) {
+    for (int k0 = 0; k0 < K; k0 += KC)
+        for (int j = 0, k = min_int(KC, K - k0); j < N; j += NR, b_packed += (size_t)NR * k)
+            gemm_pack(b_packed, b + k0 * b_row + j * b_col, b_col, b_row, min_int(NR, N - j), k, NR);
+}
+
+// c (M,N) = or += a b, as gemm(). M is small; rows of a are read where they are, but for a last panel of less than MR.
+static void gemm_small(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b_packed, float *c, size_t ldc, int accumulate) {
+#ifdef GEMM_CALLED
+    GEMM_CALLED(M, N, K);
+#endif
+    float edge[KC * MR];
+    for (int k0 = 0; k0 < K; k0 += KC) {
+        int k = min_int(KC, K - k0), last = M / MR * MR;
+        if (last < M) gemm_pack(edge, a + last * a_row + k0 * a_col, a_row, a_col, M - last, k, MR);
+        for (int j = 0; j < N; j += NR, b_packed += (size_t)NR * k) {
+            int n = min_int(NR, N - j), add = accumulate || k0 > 0;
+            for (int i = 0; i < last; i += MR) gemm_micro(k, a + i * a_row + k0 * a_col, a_row, a_col, b_packed, c + i * ldc + j, ldc, MR, n, NULL, add);
+            if (last < M) gemm_micro(k, edge, 1, MR, b_packed, c + last * ldc + j, ldc, M - last, n, NULL, add);
+        }
+    }
+}
+
 // ---- linear layer ----
 
 // out (M,OC) = inp (M,C) weight^T + bias; weight (OC,C), bias (OC) or NULL
@@ -622,31 +648,35 @@ static inline float largest_of(const float *x, int n) {
     return largest;
 }
 
-enum { ATTN_TILE = 64 }; // queries at a time: the scores of a tile are (ATTN_TILE, T), and T x T is never stored
+enum { ATTN_TILE = 8 * MR }; // queries at a time: the scores of a tile are (ATTN_TILE, T), and T x T is never stored
 
 // Bidirectional: every position attends to every other. For each head, with scale = 1/sqrt(D):
 //   scores = scale q k^T,  lse = log sum exp(scores),  out = exp(scores - lse) v
 // qkv (B,T,3C) -> out (B,T,C), lse (B,NH,T), which backward needs to compute the probabilities again
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
+    size_t keys = gemm_packed_size(T, D), values = gemm_packed_size(D, T);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
-        const float *q = qkv + row * 3 * C + h * D, *k = q + C, *v = k + C;
-        float *probs = scratch(SCRATCH_ATTN, (size_t)2 * ATTN_TILE * T);
+        const float *q = qkv + row * 3 * C + h * D;
+        float *k = scratch(SCRATCH_ATTN, keys + values + (size_t)ATTN_TILE * T), *v = k + keys, *probs = v + values;
+        gemm_pack_all(k, T, D, q + C, 1, 3 * C);
+        gemm_pack_all(v, D, T, q + 2 * C, 3 * C, 1);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
             int n = min_int(ATTN_TILE, T - t0);
-            gemm(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, k, 1, 3 * C, probs, T, NULL, 0);
+            gemm_small(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, k, probs, T, 0);
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, largest = largest_of(p, T), sum = 0;
                 OMP(omp simd reduction(+ : sum))
                 for (int j = 0; j < T; j++) sum += p[j] = exp_fast(scale * (p[j] - largest));
-                for (int j = 0; j < T; j++) p[j] /= sum;
                 lse[(size_t)bh * T + t0 + i] = scale * largest + logf(sum);
+                sum = 1 / sum;
+                for (int j = 0; j < T; j++) p[j] *= sum;
             }
-            gemm(n, D, T, probs, T, 1, v, 3 * C, 1, out + (row + t0) * C + h * D, C, NULL, 0);
+            gemm_small(n, D, T, probs, T, 1, v, out + (row + t0) * C + h * D, C, 0);
         }
     }
 }
@@ -655,19 +685,24 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   dscores = scale p (dp - sum(p dp)),  dq = dscores k,  dk = dscores^T q,  dv = p^T dout
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
+    size_t keys = gemm_packed_size(T, D), values = gemm_packed_size(D, T), tile = gemm_packed_size(D, ATTN_TILE);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
-        const float *q = qkv + row * 3 * C + h * D, *k = q + C, *v = k + C;
+        const float *q = qkv + row * 3 * C + h * D;
         float *dq = dqkv + row * 3 * C + h * D, *dk = dq + C, *dv = dk + C;
-        float *probs = scratch(SCRATCH_ATTN, (size_t)2 * ATTN_TILE * T), *dscores = probs + (size_t)ATTN_TILE * T;
+        float *kt = scratch(SCRATCH_ATTN, 2 * keys + values + 2 * tile + (size_t)2 * ATTN_TILE * T), *vt = kt + keys, *k = vt + keys; // k^T, v^T, k packed
+        float *qt = k + values, *dyt = qt + tile, *probs = dyt + tile, *dscores = probs + (size_t)ATTN_TILE * T;
+        gemm_pack_all(kt, T, D, q + C, 1, 3 * C);
+        gemm_pack_all(vt, T, D, q + 2 * C, 1, 3 * C);
+        gemm_pack_all(k, D, T, q + C, 3 * C, 1);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
             int n = min_int(ATTN_TILE, T - t0);
-            const float *dy = dout + (row + t0) * C + h * D, *qt = q + (size_t)t0 * 3 * C;
-            gemm(n, T, D, qt, 3 * C, 1, k, 1, 3 * C, probs, T, NULL, 0);
-            gemm(n, T, D, dy, C, 1, v, 1, 3 * C, dscores, T, NULL, 0);
+            const float *dy = dout + (row + t0) * C + h * D, *qs = q + (size_t)t0 * 3 * C;
+            gemm_small(n, T, D, qs, 3 * C, 1, kt, probs, T, 0);
+            gemm_small(n, T, D, dy, C, 1, vt, dscores, T, 0);
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, *d = dscores + (size_t)i * T, l = lse[(size_t)bh * T + t0 + i], sum = 0;
                 OMP(omp simd reduction(+ : sum))
@@ -677,9 +712,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
                 }
                 for (int j = 0; j < T; j++) d[j] = scale * p[j] * (d[j] - sum);
             }
-            gemm(n, D, T, dscores, T, 1, k, 3 * C, 1, dq + (size_t)t0 * 3 * C, 3 * C, NULL, 0);
-            gemm(T, D, n, dscores, 1, T, qt, 3 * C, 1, dk, 3 * C, NULL, t0 > 0);
-            gemm(T, D, n, probs, 1, T, dy, C, 1, dv, 3 * C, NULL, t0 > 0);
+            gemm_small(n, D, T, dscores, T, 1, k, dq + (size_t)t0 * 3 * C, 3 * C, 0);
+            gemm_pack_all(qt, D, n, qs, 3 * C, 1);
+            gemm_pack_all(dyt, D, n, dy, C, 1);
+            gemm_small(T, D, n, dscores, 1, T, qt, dk, 3 * C, t0 > 0);
+            gemm_small(T, D, n, probs, 1, T, dyt, dv, 3 * C, t0 > 0);
         }
     }
 }
