@@ -334,7 +334,7 @@ HOST_DEVICE static inline uint32_t float_order(float x) {
 //        N in steps of NC      a panel of B, packed: KC x NC, L3
 //          K in steps of KC      all of A for these k, packed: M x KC
 //            tiles MC x NT         a tile of C; MC x KC of A stay in L2; threads share the tiles
-//              N in steps of NR      KC x NR of B stay in L1
+//              N in steps of NR      KC x NR of B, in L2 where L1 is too small: that costs less than adding to C more often
 //                M in steps of MR      the microkernel: MR x NR sums stay in registers
 //                  K                     one column of A times one row of B
 //
@@ -352,7 +352,7 @@ enum { VECTOR = 4, MR = 12 };
 #else
 enum { VECTOR = 4, MR = 6 };
 #endif
-enum { NR = 2 * VECTOR, KC = 384, MC = 48, NT = 512, NC = 4096 };
+enum { NR = 2 * VECTOR, KC = 512, MC = 48, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // Memory that each thread keeps for as long as it lives, by use: the packed operands, attention's tiles, the weights of tokens.
@@ -386,6 +386,7 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
 // c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR
 static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
                               const float *bias, int accumulate) {
+    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
     vec sum[MR][2];
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
     for (int p = 0; p < k; p++, a += a_col, b += NR) {

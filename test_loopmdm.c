@@ -347,7 +347,7 @@ static void check_arithmetic(void) {
     worst = 0;
     for (int i = 0; i < N * N * N; i++) {
         int M = sizes[i % N], n = sizes[i / N % N], K = sizes[i / N / N], layout = i % 8;
-        float *a = (float *)allocate(M * K, 4, "a"), *b = (float *)allocate(K * n, 4, "b"), *c = (float *)allocate(M * (n + 3), 4, "c"), bias[NT + 5];
+        float *a = (float *)allocate(M * K, 4, "a"), *b = (float *)allocate(K * n, 4, "b"), *c = (float *)allocate(M * (n + 3), 4, "c"), bias[NT + KC];
         for (int j = 0; j < M * K; j++) a[j] = (float)random_uniform(1, 0, i, j) - 0.5f;
         for (int j = 0; j < K * n; j++) b[j] = (float)random_uniform(2, 0, i, j) - 0.5f;
         for (int j = 0; j < n; j++) bias[j] = (float)j;
