@@ -213,12 +213,15 @@ def bench_matmul(o, table, lib):
 
 
 def peak_memory(arguments):
-    """Largest resident memory of a process, in MiB."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{arguments[0]} ended with status {status}")
-    return usage.ru_maxrss / 1024
+    """Largest resident memory of a process, in MiB, as Linux keeps it: getrusage() would count this process, from which it was forked."""
+    process, peak = subprocess.Popen(arguments, stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        with open(f"/proc/{process.pid}/status") as status:
+            peak = max([peak] + [int(line.split()[1]) for line in status if line.startswith("VmHWM")])
+        time.sleep(0.01)
+    if process.returncode:
+        sys.exit(f"{arguments[0]} ended with status {process.returncode}")
+    return peak / 1024
 
 
 def bench_memory(o, table, folder):
