@@ -100,7 +100,7 @@ loopmdm_cuda: build/loopmdm_cuda_$(PRECISION) FORCE
 loopmdm_cuda_on_cpu: build/loopmdm_on_cpu_$(PRECISION) FORCE
 	cp $< $@
 
-build/stories build/arithmetic build/sudoku: build/%: dev/data/%.c
+build/stories build/arithmetic build/sudoku: build/%: dev/data/%.c dev/data/generator.h
 	mkdir -p build
 	$(CC) -std=c11 -O2 $(WARNINGS) $< -o $@
 

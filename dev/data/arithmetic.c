@@ -28,15 +28,9 @@
  * unless all divisions are exact, all numbers from 2 to 999, the words not too many, and the steps
  * as many as were drawn for this problem: 2, 3 or 4, as often each.
  */
-#include <ctype.h>
-#include <errno.h>
-#include <inttypes.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
+#define PROGRAM "arithmetic"
+#define OUTPUT "--output"
+#include "generator.h" // errors, command line, files, random numbers
 
 // ------------------------------------------------------------------------------------------------
 // The words. "|" separates wordings, of which one is chosen. {a} and {b} are people, {n} and {k}
@@ -85,8 +79,7 @@ typedef struct { int value, left, right; char op; const char *unit; } Number; //
 typedef struct { int about; char text[MAX_TEXT]; } Sentence; // about: who has what it tells, -1 if it does not matter
 
 typedef struct {
-    uint64_t key;     // which problem this is: a hash of the seed and the problem's number
-    uint64_t draws;   // random choices made so far
+    Random random;    // its key is this problem's
     int valid;        // so far, all numbers have been possible
     Number numbers[MAX_NUMBERS];
     Sentence sentences[MAX_SENTENCES];
@@ -95,33 +88,8 @@ typedef struct {
     char name[MAX_PEOPLE][16], thing[16], other[16], bag[16], plural[16];
 } Problem;
 
-// Prints one line "arithmetic: ..." on standard error and ends the program.
-static void die(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("arithmetic: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    exit(status);
-}
-
-#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
-#define GOLDEN 0x9e3779b97f4a7c15u // 2^64 / golden ratio
-
-// The finalizer of splitmix64: any change of x changes about half of the bits.
-static uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-// A random number from low to high: a hash of (seed, problem, draw), as in stories.c. Never call it twice among the arguments of one
-// function: compilers differ in which comes first.
-static int draw(Problem *p, int low, int high) {
-    uint64_t h = mix(p->key + p->draws++ + GOLDEN);
-    return low + (int)((h >> 32) * (uint64_t)(high - low + 1) >> 32);
-}
+// A random number from low to high. Never call it twice among the arguments of one function: compilers differ in which comes first.
+static int draw(Problem *p, int low, int high) { return low + random_below(&p->random, high - low + 1); }
 
 // One of "a|b|c", chosen at random: its start and, in *length, its length
 static const char *choose(Problem *p, const char *list, int *length) {
@@ -276,7 +244,7 @@ static int work_out(const Problem *p, int number, int *steps, int count) {
 }
 
 static void write_problem(FILE *out, uint64_t seed, uint64_t index, int jsonl) {
-    Problem p = {.key = mix(mix(seed + GOLDEN) + index + GOLDEN)};
+    Problem p = {.random = {hash(hash(0, seed), index), 0}};
     int num_steps = draw(&p, 2, 4), steps[MAX_NUMBERS], answer;
     do {
         p.num_numbers = p.num_sentences = p.num_words = 0;
@@ -321,67 +289,26 @@ static const char usage[] =
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
-// The value after the option argv[*i]; *i moves on to it.
-static const char *next_value(char **argv, int *i) {
-    if (!argv[*i + 1] || !*argv[*i + 1]) die(2, "%s needs a value; try --help", argv[*i]);
-    return argv[++*i];
-}
-
-static uint64_t next_number(char **argv, int *i, uint64_t min) {
-    const char *name = argv[*i], *text = next_value(argv, i);
-    char *end;
-    errno = 0;
-    uint64_t number = strtoull(text, &end, 10); // takes " 7" and "-1" too: check for a digit
-    if (!isdigit((unsigned char)*text) || *end || errno || number < min) {
-        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'", name, min, UINT64_MAX, text);
-    }
-    return number;
-}
-
-// Makes sure that all is written, as a full disk may show only now, and gives FILE.tmp its name.
-static void finish(FILE *out, const char *temporary, const char *path) {
-    if (ferror(out) || fflush(out) || (path && (fclose(out) || rename(temporary, path)))) {
-        int reason = errno;
-        if (path) remove(temporary);
-        die(1, "cannot write %s: %s; free some space or choose another --output",
-            path ? path : "standard output", strerror(reason));
-    }
-}
-
 int main(int argc, char **argv) {
     uint64_t seed = 1, count = 1000;
     int jsonl = 0;
-    const char *path = NULL;
+    static Output out;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             fputs(usage, stdout);
-            finish(stdout, NULL, NULL);
+            finish(&(Output){.file = stdout});
             return 0;
         }
-        if (!strcmp(argv[i], "--seed")) seed = next_number(argv, &i, 0);
-        else if (!strcmp(argv[i], "--count")) count = next_number(argv, &i, 1);
-        else if (!strcmp(argv[i], "--output")) path = next_value(argv, &i);
+        if (!strcmp(argv[i], "--seed")) seed = whole_number("--seed", next_value(argv, &i), 0, UINT64_MAX);
+        else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
+        else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
         else if (!strcmp(argv[i], "--jsonl")) jsonl = 1;
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
 
-    FILE *out = stdout;
-    char *temporary = NULL;
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
-#endif
-    if (path) {
-        struct stat info;
-        if (!stat(path, &info) && !S_ISREG(info.st_mode)) die(1, "%s is a folder, device or pipe; choose another --output", path);
-        size_t size = strlen(path) + sizeof ".tmp";
-        temporary = malloc(size);
-        if (!temporary) die(1, "out of memory");
-        snprintf(temporary, size, "%s.tmp", path);
-        out = fopen(temporary, "wb");
-        if (!out) die(1, "cannot create %s: %s; choose another --output", temporary, strerror(errno));
-    }
-    for (uint64_t i = 0; i < count && !ferror(out); i++) write_problem(out, seed, i, jsonl);
-    finish(out, temporary, path);
-    free(temporary);
+    start(&out);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_problem(out.file, seed, i, jsonl);
+    finish(&out);
+    commit(&out);
     return 0;
 }

@@ -35,15 +35,9 @@
  * {he} {him} {his}; the friend, {name2} {he2} {him2} {his2}, is a girl if the hero is a boy and a
  * boy if she is a girl, so "he" and "she" are never in doubt. To add a plot, add it to the table.
  */
-#include <ctype.h>
-#include <errno.h>
-#include <inttypes.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
+#define PROGRAM "stories"
+#define OUTPUT "--output"
+#include "generator.h" // errors, command line, files, random numbers
 
 // ------------------------------------------------------------------------------------------------
 // The stories. Keep the words few: each new one is one more for the model to learn.
@@ -172,46 +166,17 @@ typedef struct { Span name, word, word2; } Slot;       // {name} stands for word
 
 typedef struct {
     FILE *out;
-    uint64_t key;     // which story this is: a hash of the seed and the story's number
-    uint64_t draws;   // random choices made so far
+    Random random;    // its key is this story's
     Slot slots[16];   // the cast, `common`, then what the plot chooses
-    size_t num_slots;
+    int num_slots;
 } Story;
-
-// Prints one line "stories: ..." on standard error and ends the program.
-static void die(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("stories: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    exit(status);
-}
-
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-#define GOLDEN 0x9e3779b97f4a7c15u // 2^64 / golden ratio
-
-// The finalizer of splitmix64: any change of x changes about half of the bits.
-static uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-// A random number in 0 .. n-1. It is a hash of (seed, story, draw), with no generator whose state
-// passes from story to story: so story i is the same in every corpus of that seed, however long.
-static size_t draw(Story *s, size_t n) {
-    uint64_t h = mix(s->key + s->draws++ + GOLDEN);
-    return (size_t)((h >> 32) * n >> 32);
-}
 
 static Span span(const char *from, const char *to) { return (Span){ from, (size_t)(to - from) }; }
 
 static Span whole(const char *text) { return (Span){ text, strlen(text) }; }
 
 // Option k of "a|b|c"; its text is NULL if there are not so many. A "|" within [...] is not ours.
-static Span option(Span list, size_t k) {
+static Span option(Span list, int k) {
     const char *start = list.text, *end = list.text + list.len;
     int depth = 0;
     for (const char *p = start; p <= end; p++) {
@@ -225,14 +190,14 @@ static Span option(Span list, size_t k) {
     return (Span){ NULL, 0 };
 }
 
-static size_t count_options(Span list) {
-    size_t n = 0;
+static int count_options(Span list) {
+    int n = 0;
     while (option(list, n).text) n++;
     return n;
 }
 
 static Span choose(Story *s, Span list) {
-    return option(list, draw(s, count_options(list)));
+    return option(list, random_below(&s->random, count_options(list)));
 }
 
 static void add_slot(Story *s, Span name, Span word, Span word2) {
@@ -243,7 +208,7 @@ static void add_slot(Story *s, Span name, Span word, Span word2) {
 // Chooses two different words for the slot of a row such as "thing = ball|car".
 static void choose_slot(Story *s, const char *row, const char *equals) {
     Span list = whole(equals + strlen(" = "));
-    size_t n = count_options(list), k = draw(s, n), k2 = (k + 1 + draw(s, n - 1)) % n;
+    int n = count_options(list), k = random_below(&s->random, n), k2 = (k + 1 + random_below(&s->random, n - 1)) % n;
     add_slot(s, span(row, equals), option(list, k), option(list, k2));
 }
 
@@ -253,7 +218,7 @@ static void fill(Story *s, Span ask) {
     if (article) ask = (Span){ ask.text + 2, ask.len - 2 };
     int second = ask.text[ask.len - 1] == '2';
     size_t len = ask.len - (size_t)second;
-    for (size_t i = s->num_slots; i-- > 0;) { // backwards: a plot's list hides the one in `common`
+    for (int i = s->num_slots; i-- > 0;) { // backwards: a plot's list hides the one in `common`
         Span name = s->slots[i].name, word = second ? s->slots[i].word2 : s->slots[i].word;
         if (name.len == len && name.text[0] == tolower(ask.text[0]) &&
             memcmp(name.text + 1, ask.text + 1, len - 1) == 0) {
@@ -283,18 +248,18 @@ static void expand(Story *s, Span wordings) {
 }
 
 static void write_story(FILE *out, uint64_t seed, uint64_t index) {
-    Story s = { .out = out, .key = mix(mix(seed + GOLDEN) + index + GOLDEN) };
-    size_t girl = draw(&s, 2);
-    for (size_t i = 0; i < COUNT(cast); i++) {
+    Story s = { .out = out, .random = { hash(hash(0, seed), index), 0 } };
+    int girl = random_below(&s.random, 2);
+    for (int i = 0; i < COUNT(cast); i++) {
         Span boy_word = choose(&s, whole(cast[i].boy)), girl_word = choose(&s, whole(cast[i].girl));
         add_slot(&s, whole(cast[i].slot), girl ? girl_word : boy_word, girl ? boy_word : girl_word);
     }
-    for (size_t i = 0; i < COUNT(common); i++) {
+    for (int i = 0; i < COUNT(common); i++) {
         choose_slot(&s, common[i], strstr(common[i], " = "));
     }
-    const char *const *plot = plots[draw(&s, COUNT(plots))];
+    const char *const *plot = plots[random_below(&s.random, COUNT(plots))];
     int sentences = 0;
-    for (size_t i = 0; i < COUNT(plots[0]) && plot[i]; i++) {
+    for (int i = 0; i < COUNT(plots[0]) && plot[i]; i++) {
         const char *row = plot[i], *equals = strstr(row, " = ");
         if (equals) {
             choose_slot(&s, row, equals);
@@ -318,68 +283,24 @@ static const char usage[] =
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
-// The value after the option argv[*i]; *i moves on to it.
-static const char *next_value(char **argv, int *i) {
-    if (!argv[*i + 1] || !*argv[*i + 1]) die(2, "%s needs a value; try --help", argv[*i]);
-    return argv[++*i];
-}
-
-static uint64_t next_number(char **argv, int *i, uint64_t min) {
-    const char *name = argv[*i], *text = next_value(argv, i);
-    char *end;
-    errno = 0;
-    uint64_t number = strtoull(text, &end, 10); // takes " 7" and "-1" too: check for a digit
-    if (!isdigit((unsigned char)*text) || *end || errno || number < min) {
-        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'",
-            name, min, UINT64_MAX, text);
-    }
-    return number;
-}
-
-// Makes sure that all is written, as a full disk may show only now, and gives FILE.tmp its name.
-static void finish(FILE *out, const char *temporary, const char *path) {
-    if (ferror(out) || fflush(out) || (path && (fclose(out) || rename(temporary, path)))) {
-        int reason = errno;
-        if (path) remove(temporary);
-        die(1, "cannot write %s: %s; free some space or choose another --output",
-            path ? path : "standard output", strerror(reason));
-    }
-}
-
 int main(int argc, char **argv) {
     uint64_t seed = 1, count = 1000;
-    const char *path = NULL;
+    static Output out;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             fputs(usage, stdout);
-            finish(stdout, NULL, NULL);
+            finish(&(Output){.file = stdout});
             return 0;
         }
-        if (!strcmp(argv[i], "--seed")) seed = next_number(argv, &i, 0);
-        else if (!strcmp(argv[i], "--count")) count = next_number(argv, &i, 1);
-        else if (!strcmp(argv[i], "--output")) path = next_value(argv, &i);
+        if (!strcmp(argv[i], "--seed")) seed = whole_number("--seed", next_value(argv, &i), 0, UINT64_MAX);
+        else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
+        else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
 
-    FILE *out = stdout;
-    char *temporary = NULL;
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
-#endif
-    if (path) {
-        struct stat info;
-        if (!stat(path, &info) && !S_ISREG(info.st_mode)) die(1, "%s is a folder, device or pipe; choose another --output", path);
-        size_t size = strlen(path) + sizeof ".tmp";
-        temporary = malloc(size);
-        if (!temporary) die(1, "out of memory");
-        snprintf(temporary, size, "%s.tmp", path);
-        out = fopen(temporary, "wb");
-        if (!out) {
-            die(1, "cannot create %s: %s; choose another --output", temporary, strerror(errno));
-        }
-    }
-    for (uint64_t i = 0; i < count && !ferror(out); i++) write_story(out, seed, i);
-    finish(out, temporary, path);
-    free(temporary);
+    start(&out);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_story(out.file, seed, i);
+    finish(&out);
+    commit(&out);
     return 0;
 }

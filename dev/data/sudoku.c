@@ -24,18 +24,10 @@
  * what it held before is lost only to its successor. An error is one line on standard error; the
  * exit status is then 2 if the command line is wrong and 1 if something else is.
  */
-#define _POSIX_C_SOURCE 200809L // fsync and fileno
-#include <ctype.h>
-#include <errno.h>
-#include <inttypes.h>
+#define PROGRAM "sudoku"
+#define OUTPUT "file"
+#include "generator.h" // errors, command line, files, random numbers
 #include <libgen.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 enum { MAX_SIZE = 9, MAX_CELLS = MAX_SIZE * MAX_SIZE };
 enum { HEADER_INTS = 256, SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328 };
@@ -44,29 +36,7 @@ enum { MAX_ATTEMPTS = 10000 }; // boards tried for one puzzle: enough for 4, 8 a
 // ------------------------------------------------------------------------------------------------
 // Files
 
-typedef struct { const char *path; char *temporary; FILE *file; } Output;
-
 static Output shard, tokenizer; // path is NULL if the file was not asked for
-
-// Prints one line "sudoku: ..." on standard error, removes what is unfinished, ends the program.
-__attribute__((format(printf, 2, 3), noreturn))
-static void die(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("sudoku: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    if (shard.file) remove(shard.temporary);
-    if (tokenizer.file) remove(tokenizer.temporary);
-    exit(status);
-}
-
-static char *join(const char *a, const char *b) { // the caller frees it
-    char *s = malloc(strlen(a) + strlen(b) + 1);
-    if (!s) die(1, "out of memory");
-    return strcat(strcpy(s, a), b);
-}
 
 // Are these two names of one file, there or not? "a" and "./a" are: the same name in the same folder.
 static int same_file(const char *a, const char *b) {
@@ -76,32 +46,6 @@ static int same_file(const char *a, const char *b) {
                !stat(dirname(parts[3]), &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
     for (int i = 0; i < 4; i++) free(parts[i]);
     return same;
-}
-
-static void start(Output *out) {
-    struct stat info;
-    if (!stat(out->path, &info) && !S_ISREG(info.st_mode)) {
-        die(1, "%s is a folder, device or pipe; choose another file", out->path);
-    }
-    out->file = fopen(out->temporary, "wb");
-    if (!out->file) {
-        die(1, "cannot create %s: %s; choose another file", out->temporary, strerror(errno));
-    }
-}
-
-static void cannot_write(const Output *out) {
-    die(1, "cannot write %s: %s; free some space or choose another file", out->path, strerror(errno));
-}
-
-// Makes sure that all is on the disk, as a full one may show only now.
-static void finish(Output *out) {
-    if (fflush(out->file) || fsync(fileno(out->file)) || fclose(out->file)) cannot_write(out);
-}
-
-static void commit(Output *out) { // the temporary file becomes the one that was asked for
-    if (rename(out->temporary, out->path)) cannot_write(out);
-    out->file = NULL;
-    free(out->temporary);
 }
 
 // Little-endian, whatever the machine. A full disk shows here or in finish.
@@ -125,24 +69,6 @@ static void write_tokenizer(const Output *out, int size) {
     }
     put(out, sizeof eot - 1, 1);
     for (const char *p = eot; *p; p++) put(out, (uint32_t)*p, 1);
-}
-
-// ------------------------------------------------------------------------------------------------
-// Random numbers: hashes of a key and a counter, as in stories.c
-
-#define GOLDEN 0x9e3779b97f4a7c15u // 2^64 / golden ratio
-
-typedef struct { uint64_t key, draws; } Random;
-
-// The finalizer of splitmix64: any change of x changes about half of the bits.
-static uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-static int draw(Random *r, int n) { // 0 .. n-1
-    return (int)((mix(r->key + r->draws++ + GOLDEN) >> 32) * (uint64_t)n >> 32);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -200,7 +126,7 @@ static int solve(Board *b, Random *r) {
     b->blank[last] = c; // stays there, beyond the end, while the others are permuted
     for (Mask left = candidates(b, c); left;) {
         Mask from = left;
-        if (r) for (int skip = draw(r, set_size[left]); skip > 0; skip--) from &= (Mask)(from - 1);
+        if (r) for (int skip = random_below(r, set_size[left]); skip > 0; skip--) from &= (Mask)(from - 1);
         Mask digit = (Mask)(from & -from);
         flip(b, c, digit);
         if (solve(b, r)) return 1;
@@ -246,7 +172,7 @@ static void random_puzzle(Board *puzzle, Board *solution, int givens, Random *r)
         uint8_t order[MAX_CELLS];
         int needed = 0;
         for (int i = 0; i < cells; i++) {
-            int j = draw(r, i + 1);
+            int j = random_below(r, i + 1);
             order[i] = order[j];
             order[j] = (uint8_t)i;
         }
@@ -281,22 +207,6 @@ static const char usage[] =
     "  --tokenizer FILE  where to write the tokenizer\n"
     "  --help            show this text\n";
 
-// The value after the option argv[*i]; *i moves on to it.
-static const char *next_value(char **argv, int *i) {
-    if (!argv[*i + 1] || !*argv[*i + 1]) die(2, "%s needs a value; try --help", argv[*i]);
-    return argv[++*i];
-}
-
-static uint64_t number(const char *name, const char *text, uint64_t min, uint64_t max) {
-    char *end;
-    errno = 0;
-    uint64_t n = strtoull(text, &end, 10); // takes " 7" and "-1" too: check for a digit
-    if (!isdigit((unsigned char)*text) || *end || errno || n < min || n > max) {
-        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'", name, min, max, text);
-    }
-    return n;
-}
-
 int main(int argc, char **argv) {
     const char *size_text = NULL, *givens_text = NULL, *count_text = NULL, *seed_text = NULL;
     for (int i = 1; i < argc; i++) {
@@ -309,8 +219,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--givens")) givens_text = next_value(argv, &i);
         else if (!strcmp(argv[i], "--count")) count_text = next_value(argv, &i);
         else if (!strcmp(argv[i], "--seed")) seed_text = next_value(argv, &i);
-        else if (!strcmp(argv[i], "--output")) shard.path = next_value(argv, &i);
-        else if (!strcmp(argv[i], "--tokenizer")) tokenizer.path = next_value(argv, &i);
+        else if (!strcmp(argv[i], "--output")) output_to(&shard, next_value(argv, &i));
+        else if (!strcmp(argv[i], "--tokenizer")) output_to(&tokenizer, next_value(argv, &i));
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
     if (!size_text) die(2, "--size is missing; try --help");
@@ -318,25 +228,20 @@ int main(int argc, char **argv) {
         die(2, "--size needs 4, 6 or 9, not '%s'", size_text);
     }
     prepare(*size_text - '0');
-    int givens = givens_text ? (int)number("--givens", givens_text, 1, (uint64_t)cells) : 0;
+    int givens = givens_text ? (int)whole_number("--givens", givens_text, 1, (uint64_t)cells) : 0;
     int tokens_each = givens ? 2 * cells : cells; // the header of a shard has an int32 for all of them
-    uint32_t count = count_text ? (uint32_t)number("--count", count_text, 1, (uint64_t)(INT32_MAX / tokens_each)) : 1000;
-    uint64_t seed = seed_text ? number("--seed", seed_text, 0, UINT64_MAX) : 1;
+    uint32_t count = count_text ? (uint32_t)whole_number("--count", count_text, 1, (uint64_t)(INT32_MAX / tokens_each)) : 1000;
+    uint64_t seed = seed_text ? whole_number("--seed", seed_text, 0, UINT64_MAX) : 1;
     if (!shard.path && !tokenizer.path) die(2, "nothing to write: give --output or --tokenizer; try --help");
     if (!shard.path && (givens_text || count_text || seed_text)) {
         die(2, "%s needs --output", givens_text ? "--givens" : count_text ? "--count" : "--seed");
     }
-    if (shard.path) shard.temporary = join(shard.path, ".tmp");
-    if (tokenizer.path) tokenizer.temporary = join(tokenizer.path, ".tmp");
     if (shard.path && tokenizer.path &&
         (same_file(shard.path, tokenizer.path) || same_file(shard.temporary, tokenizer.path) ||
          same_file(shard.path, tokenizer.temporary))) {
         die(2, "--output and --tokenizer would overwrite each other; choose other names");
     }
 
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
-#endif
     if (tokenizer.path) start(&tokenizer);
     if (shard.path) start(&shard);
     if (tokenizer.path) {
@@ -345,9 +250,9 @@ int main(int argc, char **argv) {
     }
     if (shard.path) {
         put_header(&shard, SHARD_MAGIC, 1, count * (uint32_t)tokens_each, 0);
-        uint64_t key = mix(mix(seed + GOLDEN) + (uint64_t)givens + GOLDEN);
+        uint64_t key = hash(hash(0, seed), (uint64_t)givens);
         for (uint32_t i = 0; i < count; i++) {
-            Random r = {mix(key + i + GOLDEN), 0};
+            Random r = {hash(key, i), 0};
             Board puzzle, board;
             if (givens) random_puzzle(&puzzle, &board, givens, &r);
             else random_board(&board, &r);
