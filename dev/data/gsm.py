@@ -184,13 +184,7 @@ def main():
     names = [*paths.values(), args.output + ".tmp", args.tokenizer + ".tmp"]    # .tmp: what is written first
     if len({os.path.realpath(path) for path in names}) < len(names):
         parser.error(f"{', '.join(paths)} must be three different files, none another's name with .tmp")
-    try:
-        make(args)
-    except (OSError, ValueError) as e:
-        named = getattr(e, "filename", None)
-        sys.exit(f"gsm.py: {named}: {e.strerror}" if named else f"gsm.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ngsm.py: interrupted")
+    tinystories.run(parser.prog, make, args)
 
 
 if __name__ == "__main__":

@@ -247,6 +247,17 @@ def share(text):
     return value
 
 
+def run(program, make, args):
+    """Calls make(args). An OSError or ValueError, or Ctrl-C, becomes one line on standard error that begins with the program's name, and status 1."""
+    try:
+        make(args)
+    except (OSError, ValueError) as e:
+        named = getattr(e, "filename", None)
+        sys.exit(f"{program}: {named}: {e.strerror}" if named else f"{program}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{program}: interrupted")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="tinystories.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -261,13 +272,7 @@ def main():
     args = parser.parse_args()
     if args.vocab != "gpt2" and (args.gpt2_vocab or args.gpt2_merges):
         parser.error("--gpt2-vocab and --gpt2-merges are for --vocab gpt2")
-    try:
-        make(args)
-    except (OSError, ValueError) as e:
-        named = getattr(e, "filename", None)
-        sys.exit(f"tinystories.py: {named}: {e.strerror}" if named else f"tinystories.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ntinystories.py: interrupted")
+    run(parser.prog, make, args)
 
 
 if __name__ == "__main__":
