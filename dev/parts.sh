@@ -15,6 +15,18 @@ part() {
     failed=$((failed + $(echo "$last" | cut -d' ' -f3)))
 }
 
+# beside NAME COMMAND...: runs the function NAME, which has parts of its own and ends with end_parts, in the background while COMMAND runs here;
+# when both have ended, shows what NAME wrote and adds up its sums
+beside() {
+    local name=$1 out=build/test/$1.out background
+    shift
+    "$name" >"$out" 2>&1 &
+    background=$!
+    "$@"
+    wait $background
+    part "$name" cat "$out"
+}
+
 end_parts() { # the sum, and the exit status
     echo
     echo "$passed passed, $failed failed"

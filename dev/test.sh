@@ -40,15 +40,13 @@ one_thread() {
     part sanitizers build_and_run sanitized "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" dev/reference/*.bin
     end_parts
 }
-one_thread >build/test/one_thread.out 2>&1 &
-beside=$!
-
-export OMP_NUM_THREADS=1
-OMP_WAIT_POLICY=PASSIVE $python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
-part python $python dev/test_python.py
-wait $beside
-part one_thread cat build/test/one_thread.out
-unset OMP_NUM_THREADS
+with_python() {
+    export OMP_NUM_THREADS=1
+    OMP_WAIT_POLICY=PASSIVE $python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
+    part python $python dev/test_python.py
+    unset OMP_NUM_THREADS
+}
+beside one_thread with_python
 part reference build/test_loopmdm ./loopmdm dev/reference/*.bin build/test/reference/*.bin
 part cuda_on_cpu bash dev/test_cuda.sh on_cpu
 rm -rf build/test/reference

@@ -159,13 +159,12 @@ one_thread() {
     part barriers barriers
     end_parts
 }
+emulated() {
+    checks
+    part beside_the_cpu_program beside_the_cpu_program
+    part emulation bash dev/cuda/test_cuda_on_cpu.sh
+    for study in matmul attention head; do part "study_$study" "build/study_${study}_on_cpu"; done
+}
 export OMP_NUM_THREADS=1
-one_thread >"$work/one_thread.out" 2>&1 &
-beside=$!
-checks
-part beside_the_cpu_program beside_the_cpu_program
-part emulation bash dev/cuda/test_cuda_on_cpu.sh
-for study in matmul attention head; do part "study_$study" "build/study_${study}_on_cpu"; done
-wait $beside
-part one_thread cat "$work/one_thread.out"
+beside one_thread emulated
 end_parts
