@@ -331,9 +331,9 @@ HOST_DEVICE static inline uint32_t float_order(float x) {
 // C (M,N) = A (M,K) B (K,N), with strides for both operands, so that no transposed copy is ever needed. It is the
 // algorithm of GotoBLAS and BLIS: five loops around a microkernel, each keeping one piece in one cache.
 //
-//        N in steps of NC      a panel of B, packed: KC x NC, L3
-//          K in steps of KC      all of A for these k, packed: M x KC
-//            tiles MC x NT         a tile of C; MC x KC of A stay in L2; threads share the tiles
+//        N in steps of NC
+//          K in steps of KC      a panel of B, packed: KC x NC, in L3; threads pack it together, then share its tiles
+//            tiles MC x NT         of C: MC x KC of A stay in the L2 of the thread that takes the tile
 //              N in steps of NR      KC x NR of B, in L2 where L1 is too small: that costs less than adding to C more often
 //                M in steps of MR      the microkernel: MR x NR sums stay in registers
 //                  K                     one column of A times one row of B
@@ -355,6 +355,10 @@ enum { VECTOR = 4, MR = 6 };
 enum { NR = 2 * VECTOR, KC = 512, MC = 48, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)), may_alias));
 
+#ifndef GEMM_CALLED
+#define GEMM_CALLED(M, N, K) // the test counts operations
+#endif
+
 // Memory that each thread keeps for as long as it lives, by use: the packed operands, attention's tiles, the weights of tokens.
 enum { SCRATCH_A, SCRATCH_B, SCRATCH_ATTN, SCRATCH_SAMPLE, NUM_SCRATCH };
 
@@ -371,16 +375,24 @@ static float *scratch(int use, size_t count) {
     return memory[use];
 }
 
-// src (n,k) with strides -> dst (k,width): n <= width values side by side, padded with zeros
+// src (n,k) with strides -> dst: panels (k,width) of width values side by side, the last padded with zeros. Memory is read a cache line
+// at a time: across panels if n is the dense dimension, ahead of what is needed as no processor guesses such strides; else along k.
 static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size_t stride_k, int n, int k, int width) {
-    for (int p = 0; p < k; p++, dst += width, src += stride_k) {
-        if (n < width)
-            for (int i = 0; i < width; i++) dst[i] = i < n ? src[i * stride_n] : 0;
-        else if (stride_n == 1)
-            for (int i = 0; i < width; i++) dst[i] = src[i];
-        else
-            for (int i = 0; i < width; i++) dst[i] = src[i * stride_n];
-    }
+    enum { LINE = 16, AHEAD = 8 };
+    int whole = n / width * width;
+    if (stride_n == 1)
+        for (int p = 0; p < k; p++) {
+            for (int j = 0; j < whole; j += LINE) __builtin_prefetch(src + (p + AHEAD) * stride_k + j);
+            for (int j = 0; j < whole; j += width) memcpy(dst + (size_t)j * k + p * width, src + p * stride_k + j, width * sizeof(float));
+        }
+    else
+        for (int j = 0; j < whole; j += width)
+            for (int p0 = 0; p0 < k; p0 += LINE)
+                for (int i = 0; i < width; i++)
+                    for (int p = p0; p < min_int(p0 + LINE, k); p++) dst[(size_t)j * k + p * width + i] = src[(j + i) * stride_n + p * stride_k];
+    if (whole < n)
+        for (int p = 0; p < k; p++)
+            for (int i = 0; i < width; i++) dst[(size_t)whole * k + p * width + i] = whole + i < n ? src[(whole + i) * stride_n + p * stride_k] : 0;
 }
 
 // c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR
@@ -415,66 +427,51 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
     }
 }
 
-// c (M,N), rows ldc apart, = or += a b + bias; element (i,p) of a is a[i*a_row + p*a_col], likewise b; bias may be NULL
+// c (M,N), rows ldc apart, = or += a b + bias, in one thread. Element (i,p) of a is a[i*a_row + p*a_col]; b is packed in panels (K,NR); bias may
+// be NULL. With pack, M <= MC and a is packed first; otherwise its rows are read where they are, but for a last panel of less than MR.
+static void gemm_tile(int M, int N, int K, const float *a, size_t a_row, size_t a_col, int pack, const float *b_packed, float *c, size_t ldc,
+                      const float *bias, int accumulate) {
+    GEMM_CALLED(M, N, K);
+    int in_place = pack ? 0 : M / MR * MR;
+    float *a_packed = scratch(SCRATCH_A, MC * KC);
+    for (int k0 = 0; k0 < K; k0 += KC) {
+        int k = min_int(KC, K - k0);
+        gemm_pack(a_packed, a + in_place * a_row + k0 * a_col, a_row, a_col, M - in_place, k, MR);
+        for (int j = 0; j < N; j += NR)
+            for (int i = 0; i < M; i += MR) {
+                int packed = i >= in_place;
+                gemm_micro(k, packed ? a_packed + (size_t)(i - in_place) * k : a + i * a_row + k0 * a_col, packed ? 1 : a_row, packed ? MR : a_col,
+                           b_packed + (size_t)j * K + k0 * NR, c + i * ldc + j, ldc, min_int(MR, M - i), min_int(NR, N - j),
+                           bias && k0 == 0 ? bias + j : NULL, accumulate || k0 > 0);
+            }
+    }
+}
+
+// The same in all threads, for b with strides: element (p,j) is b[p*b_row + j*b_col]. a is packed unless it is dense in K.
 static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
                  float *c, size_t ldc, const float *bias, int accumulate) {
-#ifdef GEMM_CALLED // the test counts operations
-    GEMM_CALLED(M, N, K);
-#endif
-    int a_panels = (M + MR - 1) / MR, tile = min_int(MC, (a_panels + 7) / 8 * MR); // at least 8 tiles to share, where there are rows
-    int in_place = a_col == 1 && N <= 512 ? M / MR : 0; // panels of A read where they are: packing pays if many columns use them
-    float *a_packed = scratch(SCRATCH_A, (size_t)a_panels * MR * min_int(K, KC));
-    float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * min_int(K, KC));
+    int tile = min_int(MC, (M + 8 * MR - 1) / (8 * MR) * MR); // at least 8 tiles to share, where there are rows
+    int blocks = (K + KC - 1) / KC, kc = (K + blocks - 1) / blocks;
+    float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * kc);
     OMP(omp parallel if (!omp_in_parallel() && WORTH((size_t)M * N * K / 16)))
     for (int n0 = 0; n0 < N; n0 += NC) {
         int n = min_int(NC, N - n0);
-        for (int k0 = 0; k0 < K; k0 += KC) {
-            int k = min_int(KC, K - k0), first = k0 == 0;
-            OMP(omp for nowait)
-            for (int i = in_place; i < a_panels; i++)
-                gemm_pack(a_packed + (size_t)i * MR * k, a + i * MR * a_row + k0 * a_col, a_row, a_col, min_int(MR, M - i * MR), k, MR);
+        for (int k0 = 0; k0 < K; k0 += kc) {
+            int k = min_int(kc, K - k0);
             OMP(omp for)
-            for (int j = 0; j < n; j += NR)
-                gemm_pack(b_packed + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row, min_int(NR, n - j), k, NR);
+            for (int j = 0; j < n; j += 4 * NR)
+                gemm_pack(b_packed + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row, min_int(4 * NR, n - j), k, NR);
             OMP(omp for collapse(2) schedule(dynamic))
-            for (int tile_i = 0; tile_i < M; tile_i += tile)
-                for (int tile_j = 0; tile_j < n; tile_j += NT)
-                    for (int j = tile_j; j < min_int(tile_j + NT, n); j += NR)
-                        for (int i = tile_i; i < min_int(tile_i + tile, M); i += MR) {
-                            int packed = i / MR >= in_place;
-                            gemm_micro(k, packed ? a_packed + (size_t)i * k : a + i * a_row + k0, packed ? 1 : a_row, packed ? MR : 1,
-                                       b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc, min_int(MR, M - i), min_int(NR, n - j),
-                                       bias && first ? bias + n0 + j : NULL, accumulate || !first);
-                        }
+            for (int i = 0; i < M; i += tile)
+                for (int j = 0; j < n; j += NT)
+                    gemm_tile(min_int(tile, M - i), min_int(NT, n - j), k, a + i * a_row + k0 * a_col, a_row, a_col, a_col != 1,
+                              b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc, bias && k0 == 0 ? bias + n0 + j : NULL, accumulate || k0 > 0);
         }
     }
 }
 
-// The same in one thread for a B that several products use: gemm_pack_all() packs it, b_packed (K, N rounded up to NR) in steps of KC.
-static size_t gemm_packed_size(int N, int K) { return (size_t)(N + NR - 1) / NR * NR * K; }
-
-static void gemm_pack_all(float *b_packed, int N, int K, const float *b, size_t b_row, size_t b_col) {
-    for (int k0 = 0; k0 < K; k0 += KC)
-        for (int j = 0, k = min_int(KC, K - k0); j < N; j += NR, b_packed += (size_t)NR * k)
-            gemm_pack(b_packed, b + k0 * b_row + j * b_col, b_col, b_row, min_int(NR, N - j), k, NR);
-}
-
-// c (M,N) = or += a b, as gemm(). M is small; rows of a are read where they are, but for a last panel of less than MR.
-static void gemm_small(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b_packed, float *c, size_t ldc, int accumulate) {
-#ifdef GEMM_CALLED
-    GEMM_CALLED(M, N, K);
-#endif
-    float edge[KC * MR];
-    for (int k0 = 0; k0 < K; k0 += KC) {
-        int k = min_int(KC, K - k0), last = M / MR * MR;
-        if (last < M) gemm_pack(edge, a + last * a_row + k0 * a_col, a_row, a_col, M - last, k, MR);
-        for (int j = 0; j < N; j += NR, b_packed += (size_t)NR * k) {
-            int n = min_int(NR, N - j), add = accumulate || k0 > 0;
-            for (int i = 0; i < last; i += MR) gemm_micro(k, a + i * a_row + k0 * a_col, a_row, a_col, b_packed, c + i * ldc + j, ldc, MR, n, NULL, add);
-            if (last < M) gemm_micro(k, edge, 1, MR, b_packed, c + last * ldc + j, ldc, M - last, n, NULL, add);
-        }
-    }
-}
+// floats of b (K,N) packed
+static size_t gemm_packed_size(int K, int N) { return (size_t)(N + NR - 1) / NR * NR * K; }
 
 // ---- linear layer ----
 
@@ -667,7 +664,7 @@ enum { ATTN_TILE = 8 * MR }; // queries at a time: the scores of a tile are (ATT
 // qkv (B,T,3C) -> out (B,T,C), lse (B,NH,T), which backward needs to compute the probabilities again
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t keys = gemm_packed_size(T, D), values = gemm_packed_size(D, T);
+    size_t keys = gemm_packed_size(D, T), values = gemm_packed_size(T, D);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
@@ -675,11 +672,11 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
         int h = bh % NH;
         const float *q = qkv + row * 3 * C + h * D;
         float *k = scratch(SCRATCH_ATTN, keys + values + (size_t)ATTN_TILE * T), *v = k + keys, *probs = v + values;
-        gemm_pack_all(k, T, D, q + C, 1, 3 * C);
-        gemm_pack_all(v, D, T, q + 2 * C, 3 * C, 1);
+        gemm_pack(k, q + C, 3 * C, 1, T, D, NR);
+        gemm_pack(v, q + 2 * C, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
             int n = min_int(ATTN_TILE, T - t0);
-            gemm_small(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, k, probs, T, 0);
+            gemm_tile(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, 0, k, probs, T, NULL, 0);
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, largest = largest_of(p, T), sum = 0;
                 OMP(omp simd reduction(+ : sum))
@@ -688,7 +685,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
                 sum = 1 / sum;
                 for (int j = 0; j < T; j++) p[j] *= sum;
             }
-            gemm_small(n, D, T, probs, T, 1, v, out + (row + t0) * C + h * D, C, 0);
+            gemm_tile(n, D, T, probs, T, 1, 0, v, out + (row + t0) * C + h * D, C, NULL, 0);
         }
     }
 }
@@ -697,7 +694,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   dscores = scale p (dp - sum(p dp)),  dq = dscores k,  dk = dscores^T q,  dv = p^T dout
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t keys = gemm_packed_size(T, D), values = gemm_packed_size(D, T), tile = gemm_packed_size(D, ATTN_TILE);
+    size_t keys = gemm_packed_size(D, T), values = gemm_packed_size(T, D), tile = gemm_packed_size(ATTN_TILE, D);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
@@ -707,14 +704,14 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
         float *dq = dqkv + row * 3 * C + h * D, *dk = dq + C, *dv = dk + C;
         float *kt = scratch(SCRATCH_ATTN, 2 * keys + values + 2 * tile + (size_t)2 * ATTN_TILE * T), *vt = kt + keys, *k = vt + keys; // k^T, v^T, k packed
         float *qt = k + values, *dyt = qt + tile, *probs = dyt + tile, *dscores = probs + (size_t)ATTN_TILE * T;
-        gemm_pack_all(kt, T, D, q + C, 1, 3 * C);
-        gemm_pack_all(vt, T, D, q + 2 * C, 1, 3 * C);
-        gemm_pack_all(k, D, T, q + C, 3 * C, 1);
+        gemm_pack(kt, q + C, 3 * C, 1, T, D, NR);
+        gemm_pack(vt, q + 2 * C, 3 * C, 1, T, D, NR);
+        gemm_pack(k, q + C, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
             int n = min_int(ATTN_TILE, T - t0);
             const float *dy = dout + (row + t0) * C + h * D, *qs = q + (size_t)t0 * 3 * C;
-            gemm_small(n, T, D, qs, 3 * C, 1, kt, probs, T, 0);
-            gemm_small(n, T, D, dy, C, 1, vt, dscores, T, 0);
+            gemm_tile(n, T, D, qs, 3 * C, 1, 0, kt, probs, T, NULL, 0);
+            gemm_tile(n, T, D, dy, C, 1, 0, vt, dscores, T, NULL, 0);
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, *d = dscores + (size_t)i * T, l = lse[(size_t)bh * T + t0 + i], sum = 0;
                 OMP(omp simd reduction(+ : sum))
@@ -724,11 +721,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
                 }
                 for (int j = 0; j < T; j++) d[j] = scale * p[j] * (d[j] - sum);
             }
-            gemm_small(n, D, T, dscores, T, 1, k, dq + (size_t)t0 * 3 * C, 3 * C, 0);
-            gemm_pack_all(qt, D, n, qs, 3 * C, 1);
-            gemm_pack_all(dyt, D, n, dy, C, 1);
-            gemm_small(T, D, n, dscores, 1, T, qt, dk, 3 * C, t0 > 0);
-            gemm_small(T, D, n, probs, 1, T, dyt, dv, 3 * C, t0 > 0);
+            gemm_tile(n, D, T, dscores, T, 1, 0, k, dq + (size_t)t0 * 3 * C, 3 * C, NULL, 0);
+            gemm_pack(qt, qs, 1, 3 * C, D, n, NR);
+            gemm_pack(dyt, dy, 1, C, D, n, NR);
+            gemm_tile(T, D, n, dscores, 1, T, 0, qt, dk, 3 * C, NULL, t0 > 0);
+            gemm_tile(T, D, n, probs, 1, T, 0, dyt, dv, 3 * C, NULL, t0 > 0);
         }
     }
 }
