@@ -396,7 +396,7 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
 }
 
 // c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR
-static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
+static inline __attribute__((always_inline)) void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
                               const float *bias, int accumulate) {
     for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
     vec sum[MR][2];
@@ -646,14 +646,10 @@ static inline float exp_fast(float x) {
     return series * power.f;
 }
 
-// The largest of x (n), in 16 lanes that compilers turn into vectors.
 static inline float largest_of(const float *x, int n) {
-    float lane[16], largest = x[0];
-    for (int l = 0; l < 16; l++) lane[l] = x[0];
-    for (int j = 0; j + 16 <= n; j += 16)
-        for (int l = 0; l < 16; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
-    for (int l = 0; l < 16; l++) largest = lane[l] > largest ? lane[l] : largest;
-    for (int j = n & ~15; j < n; j++) largest = x[j] > largest ? x[j] : largest;
+    float largest = x[0];
+    OMP(omp simd reduction(max : largest))
+    for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
     return largest;
 }
 
