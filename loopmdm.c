@@ -1626,6 +1626,15 @@ static int evaluation_row(const Data *d, int *tokens, int r, int rows, int T) {
     return data_given(d, tokens, T);
 }
 
+// The next forward is of n of those, from number first on, with noise; targets (n,T), given (n)
+static Noise evaluation_batch(Model *m, const Data *d, int *targets, int *given, int first, int n, int rows, int time, uint64_t seed) {
+    int T = m->config.max_seq_len;
+    Noise noise = {seed, 0, first, rows, time};
+    for (int i = 0; i < n; i++) given[i] = evaluation_row(d, targets + (size_t)i * T, first + i, rows, T);
+    model_noise(m, targets, given, noise, n, T);
+    return noise;
+}
+
 // NELBO of rows spread over the data, each with a t of its own; the standard error is an upper estimate, as the t are stratified. The masks
 // depend on seed, time and rows alone: every S, and every model of the same T, sees the same. row_nelbo (rows) gets each row's, if not NULL.
 static Evaluation evaluate(Model *m, const Data *d, Loops l, int time, int rows, int B, uint64_t seed, double *row_nelbo) {
@@ -1634,9 +1643,7 @@ static Evaluation evaluate(Model *m, const Data *d, Loops l, int time, int rows,
     Evaluation e = {0, 0, 0};
     for (int first = 0; first < rows; first += B) {
         int n = min_int(B, rows - first);
-        for (int i = 0; i < n; i++) given[i] = evaluation_row(d, targets + (size_t)i * T, first + i, rows, T);
-        Noise noise = {seed, 0, first, rows, time};
-        model_noise(m, targets, given, noise, n, T);
+        evaluation_batch(m, d, targets, given, first, n, rows, time, seed);
         adaptive_forward(m, l, used);
         model_loss(m, 0);
         for (int i = 0; i < n; i++) nelbo[first + i] = m->row_loss[i] * rows, e.loops += used[i] / (double)rows;
@@ -2273,7 +2280,7 @@ static void train(void) {
     printf("step %d of %d is done; the model is in %s\n", p.step, opt_steps, opt_out);
 }
 
-// With --adaptive, its taus and the largest number of loops; else {0}, so that one loop serves both. Returns how many.
+// --adaptive's taus, and in l the most loops, the first tau and the criterion; returns how many. Without it none: l is of fixed loops.
 static int parse_taus(double *taus, int most, int max_loops, Loops *l) {
     static const char *const criteria[] = {"change", "second"};
     int n = 0;
@@ -2306,6 +2313,10 @@ static SampleOptions sample_options(Loops loops, int steps, double temperature) 
     return o;
 }
 
+static void check_steps(int steps, int blocks) {
+    if (steps < blocks) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", steps, blocks);
+}
+
 #include "dev/analysis.h" // eval's tables by noise level and by loop, Sudoku and exact match; the command attention
 
 static void eval(void) {
@@ -2319,8 +2330,7 @@ static void eval(void) {
     int has_tokenizer = find_tokenizer(&t, &m, opt_model);
     Data data = data_open(opt_data, m.config.vocab_size, T);
     fix_rows(&data, opt_data, has_tokenizer ? &t : NULL, T);
-    if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
-    if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
+    check_rows(T);
     if (opt_adaptive && (opt_by_t || opt_by_loop)) die(USAGE, "--by-t and --by-loop are for fixed numbers of loops: they exclude --adaptive");
     only_with("--sudoku or --exact-match", opt_sudoku || opt_exact_match, " steps order threshold block remask temperature top-k top-p ");
     only_with("a NELBO, which --sudoku and --exact-match do not estimate", !opt_sudoku && !opt_exact_match, " time ");
@@ -2455,7 +2465,7 @@ static void sample_command(void) {
         char where[64];
         snprintf(where, sizeof where, "--fill-file, template %d", number + 1);
         int T = encode_start(&m, &t, start, most, templates ? where : option, text + at), blocks = blocks_to_fill(start, T, m.config.vocab_size, opt_block);
-        if (steps < blocks && o.order != ORDER_THRESHOLD) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", steps, blocks);
+        if (o.order != ORDER_THRESHOLD) check_steps(steps, blocks);
     }
     model_reserve(&m, B, most, 1, 0, 0);
     checkpoint_load(&m, opt_model, !opt_raw);

@@ -1028,14 +1028,15 @@ static void check_adaptive(void) {
     to_host(state, m.states, B * row * sizeof(float));
     check("tau = 0 equals fixed loops", largest_difference(state, fixed, B * row), 0, "%d loops", S);
     for (int second = 0; second < 2; second++) {
-        double different = 0, fewest = S, most = 0, tau = second ? 0.03 : 0.1;
+        double different = 0, tau = second ? 0.03 : 0.1;
+        int fewest = S, most = 0;
         l.second = second;
         for (; fewest == most || fewest == S; tau *= 1.1) { // until rows differ
             if (tau > 10) break;
             l.tau = tau, fewest = S, most = 0;
             model_tokens(&m, x, B, T);
             adaptive_forward(&m, l, used);
-            for (int b = 0; b < B; b++) fewest = fmin(fewest, used[b]), most = fmax(most, used[b]);
+            for (int b = 0; b < B; b++) fewest = min_int(fewest, used[b]), most = max_int(most, used[b]);
         }
         to_host(state, m.states, B * row * sizeof(float));
         for (int b = 0; b < B; b++) {
@@ -1048,7 +1049,7 @@ static void check_adaptive(void) {
             to_host(fixed, m.states, row * sizeof(float));
             different = worse(different, largest_difference(fixed, state + b * row, row));
         }
-        check("adaptive: rows alone, and fixed, differ", different, 0, "%s, %g to %g loops", second ? "second" : "change", fewest, most);
+        check("adaptive: rows alone, and fixed, differ", different, 0, "%s, %d to %d loops", second ? "second" : "change", fewest, most);
         check("adaptive: rows differ in loops", fewest == most, 0, "%s", second ? "second" : "change");
     }
     free(params), free(fixed), free(state);

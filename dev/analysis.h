@@ -58,6 +58,11 @@ static double tokens_per_byte(const Data *d, const Tokenizer *t, int rows, int T
     return count / bytes;
 }
 
+static void check_rows(int T) {
+    if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
+    if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
+}
+
 static int bucket_of(double t) { return min_int(opt_buckets - 1, (int)(t * opt_buckets)); }
 
 // Cross entropy of masked tokens by noise level t, for each S: its mean over t is the NELBO.
@@ -109,9 +114,7 @@ static void eval_by_loop(Model *m, const Data *d, int S, int time, int B) {
     double *sums = (double *)allocate(3 * (size_t)(S + 1), sizeof(double), "the table");
     for (int first = 0; first < opt_rows; first += B) {
         int n = min_int(B, opt_rows - first);
-        for (int i = 0; i < n; i++) given[i] = evaluation_row(d, targets + (size_t)i * T, first + i, opt_rows, T);
-        Noise noise = {opt_seed, 0, first, opt_rows, time};
-        model_noise(m, targets, given, noise, n, T);
+        evaluation_batch(m, d, targets, given, first, n, opt_rows, time, opt_seed);
         model_embed(m, S);
         model_passes(m, 0, a);
         for (int s = 0; s <= S; s++) {
@@ -151,7 +154,6 @@ typedef struct { double queries, to_masked, to_unmasked, uniform; } Attention;
 
 static void attention(void) {
     Model m;
-    if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
     if (!opt_model || !opt_data) die(USAGE, "attention needs --model and --data; see loopmdm attention --help");
     int step = checkpoint_build(&m, opt_model), S = m.config.max_loops, B = min_int(opt_batch, opt_rows);
     if (opt_loops) parse_list("loops", opt_loops, &S, 1);
@@ -160,7 +162,7 @@ static void attention(void) {
     Tokenizer tokenizer;
     Data d = data_open(opt_data, V, T);
     fix_rows(&d, opt_data, find_tokenizer(&tokenizer, &m, opt_model) ? &tokenizer : NULL, T);
-    if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
+    check_rows(T);
     if (opt_csv) csv_check("--csv", opt_csv);
     model_reserve(&m, B, T, 1, 0, 0);
     checkpoint_load(&m, opt_model, !opt_raw);
@@ -170,14 +172,10 @@ static void attention(void) {
     Attention *row = (Attention *)allocate((size_t)B * NH, sizeof(Attention), "the table");
     for (int first = 0; first < opt_rows; first += B) {
         int n = min_int(B, opt_rows - first);
-        Noise noise = {opt_seed, 0, first, opt_rows, TIME_UNIFORM};
+        Noise noise = evaluation_batch(&m, &d, targets, given, first, n, opt_rows, TIME_UNIFORM, opt_seed);
         double density;
-        for (int b = 0; b < n; b++) {
-            given[b] = evaluation_row(&d, targets + b * T, first + b, opt_rows, T);
-            for (int i = 0; i < T; i++) // as noise_forward() does it
-                x[b * T + i] = i >= given[b] && becomes_mask(opt_seed, 0, (uint64_t)(first + b) * T + i, noise_level(noise, b, &density)) ? V : targets[b * T + i];
-        }
-        model_noise(&m, targets, given, noise, n, T);
+        for (int i = 0; i < n * T; i++) // as noise_forward() does it
+            x[i] = i % T >= given[i / T] && becomes_mask(opt_seed, 0, (uint64_t)first * T + i, noise_level(noise, i / T, &density)) ? V : targets[i];
         model_embed(&m, S);
         for (int p = 0; p < P; p++) {
             model_passes(&m, p, p + 1);
@@ -283,8 +281,7 @@ static void eval_solutions(Model *m, int step, const Data *d, const Tokenizer *t
     }
     if (!n) die(FAILED, "%s has no puzzle with its solution after it", opt_data);
     if (sample_options(l, 1, 0).order == ORDER_THRESHOLD) num_steps = 1, steps[0] = 0; // as many as it takes
-    for (int k = 0; k < num_steps; k++)
-        if (steps[k] && steps[k] < blocks) die(USAGE, "--steps is %d, and %d blocks are to be filled in: give each one step at least", steps[k], blocks);
+    else for (int k = 0; k < num_steps; k++) check_steps(steps[k], blocks);
     printf("%s, step %d: %d %s, order %s\n\n%s  loops  steps  forwards      right  GFLOP/row\n", opt_model, step, n, opt_sudoku ? "boards" : "questions", opt_order, opt_adaptive ? "   tau" : "");
     for (int i = 0; i < (opt_adaptive ? num_taus : num_loops); i++)
         for (int k = 0; k < num_steps; k++) {
