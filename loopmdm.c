@@ -395,10 +395,12 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
             for (int i = 0; i < width; i++) dst[(size_t)whole * k + p * width + i] = whole + i < n ? src[(whole + i) * stride_n + p * stride_k] : 0;
 }
 
-// c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR
-static inline __attribute__((always_inline)) void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
+// c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR.
+// Always inlined: attention's sums are short, and calls would take a tenth of its time.
+__attribute__((always_inline))
+static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
                               const float *bias, int accumulate) {
-    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
+    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
     vec sum[MR][2];
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
     for (int p = 0; p < k; p++, a += a_col, b += NR) {
@@ -408,23 +410,21 @@ static inline __attribute__((always_inline)) void gemm_micro(int k, const float 
             sum[i][1] += a[i * a_row] * b1;
         }
     }
-    for (int i = 0; i < m; i++) {
-        for (int v = 0; v < 2; v++) {
-            float *out = c + i * ldc + v * VECTOR;
-            int width = n - v * VECTOR;
-            if (width >= VECTOR) {
-                vec r = sum[i][v];
+    if (m == MR && n == NR) { // without variables in these loops the sums never leave their registers
+        for (int i = 0; i < MR; i++)
+            for (int v = 0; v < 2; v++) {
+                vec r = sum[i][v], *out = (vec *)(c + i * ldc + v * VECTOR);
                 if (bias) r += *(const vec *)(bias + v * VECTOR);
-                if (accumulate) r += *(vec *)out;
-                *(vec *)out = r;
-            } else {
-                for (int j = 0; j < width; j++) {
-                    float r = sum[i][v][j] + (bias ? bias[v * VECTOR + j] : 0);
-                    out[j] = accumulate ? out[j] + r : r;
-                }
+                if (accumulate) r += *out;
+                *out = r;
             }
-        }
+        return;
     }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            float r = sum[i][j / VECTOR][j % VECTOR] + (bias ? bias[j] : 0), *out = c + i * ldc + j;
+            *out = accumulate ? *out + r : r;
+        }
 }
 
 // c (M,N), rows ldc apart, = or += a b + bias, in one thread. Element (i,p) of a is a[i*a_row + p*a_col]; b is packed in panels (K,NR); bias may
@@ -440,18 +440,19 @@ static void gemm_tile(int M, int N, int K, const float *a, size_t a_row, size_t 
         for (int j = 0; j < N; j += NR)
             for (int i = 0; i < M; i += MR) {
                 int packed = i >= in_place;
-                gemm_micro(k, packed ? a_packed + (size_t)(i - in_place) * k : a + i * a_row + k0 * a_col, packed ? 1 : a_row, packed ? MR : a_col,
+                gemm_micro(k, packed ? a_packed + (size_t)(i - in_place) * k : a + i * a_row + k0 * a_col, packed ? 1 : a_row, packed ? (size_t)MR : a_col,
                            b_packed + (size_t)j * K + k0 * NR, c + i * ldc + j, ldc, min_int(MR, M - i), min_int(NR, N - j),
                            bias && k0 == 0 ? bias + j : NULL, accumulate || k0 > 0);
             }
     }
 }
 
-// The same in all threads, for b with strides: element (p,j) is b[p*b_row + j*b_col]. a is packed unless it is dense in K.
+// The same in all threads, for b with strides: element (p,j) is b[p*b_row + j*b_col]. a is packed unless its rows are dense: then that costs more
+// than it gains.
 static void gemm(int M, int N, int K, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
                  float *c, size_t ldc, const float *bias, int accumulate) {
     int tile = min_int(MC, (M + 8 * MR - 1) / (8 * MR) * MR); // at least 8 tiles to share, where there are rows
-    int blocks = (K + KC - 1) / KC, kc = (K + blocks - 1) / blocks;
+    int blocks = (K + KC - 1) / KC, kc = (K + blocks - 1) / blocks; // blocks of K that are as long as each other
     float *b_packed = scratch(SCRATCH_B, (size_t)(min_int(N, NC) + NR) * kc);
     OMP(omp parallel if (!omp_in_parallel() && WORTH((size_t)M * N * K / 16)))
     for (int n0 = 0; n0 < N; n0 += NC) {
