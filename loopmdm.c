@@ -647,10 +647,16 @@ static inline float exp_fast(float x) {
     return series * power.f;
 }
 
+// The largest of x (n), in 16 lanes that compilers turn into vectors.
 static inline float largest_of(const float *x, int n) {
-    float largest = x[0];
-    OMP(omp simd reduction(max : largest))
-    for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    float lane[16], largest = x[0];
+    for (int l = 0; l < 16; l++) lane[l] = x[0];
+    for (int j = 0; j + 16 <= n; j += 16) {
+        OMP(omp simd)
+        for (int l = 0; l < 16; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
+    }
+    for (int l = 0; l < 16; l++) largest = lane[l] > largest ? lane[l] : largest;
+    for (int j = n & ~15; j < n; j++) largest = x[j] > largest ? x[j] : largest;
     return largest;
 }
 
