@@ -176,8 +176,8 @@ static void tensor_shapes(Config c, Shape s[NUM_TENSORS]) {
     memcpy(s, table, sizeof table);
 }
 
-// Parameters, their gradients and AdamW's two moments are four of these, each in one piece, so that the optimizer, checkpoints and
-// clearing are one loop.
+// Parameters, their gradients, AdamW's two moments and, with --ema, the average are one of these each, in one piece, so that the optimizer,
+// checkpoints and clearing are one loop.
 typedef struct {
     float *data;                 // (total), in the model's memory
     float *tensor[NUM_TENSORS];  // where each begins
@@ -801,13 +801,13 @@ static void crossentropy_backward(float *probs, const float *weights, const int 
 
 // ---- sampling ----
 
-// For top-k and top-p without sorting, and the same on a GPU: the largest threshold such that the weights w (V) of all v with
-// float_order(logits[v]) >= threshold still add up to least. Found bit by bit.
+// For top-k and top-p without sorting, and the same on a GPU: the largest threshold such that the weights w (V; NULL: 1 each) of all v
+// with float_order(logits[v]) >= threshold still add up to least. Found bit by bit.
 static uint32_t threshold_of(const float *logits, const double *w, int V, double least) {
     uint32_t threshold = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
         double sum = 0;
-        for (int v = 0; v < V; v++) sum += float_order(logits[v]) >= (threshold | bit) ? w[v] : 0;
+        for (int v = 0; v < V; v++) sum += float_order(logits[v]) < (threshold | bit) ? 0 : w ? w[v] : 1;
         if (sum >= least) threshold |= bit;
     }
     return threshold;
@@ -821,16 +821,18 @@ static int sample_token(const float *logits, int V, Draw d, double u, double *sc
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
     for (int v = 0; v < V; v++) {
-        double e = exp((double)logits[v] - logits[best]);
+        double e = w[v] = exp((double)logits[v] - logits[best]);
         sum += e;
         entropy -= e * ((double)logits[v] - logits[best]);
         if (v != best && (next < 0 || logits[v] > logits[next])) next = v;
     }
     chosen = best;
     if (d.temperature > 0) {
-        for (int v = 0; v < V; v++) w[v] = 1;
-        uint32_t least = d.top_k > 0 && d.top_k < V ? threshold_of(logits, w, V, d.top_k) : 0;
-        for (int v = 0; v < V; v++) total += w[v] = float_order(logits[v]) >= least ? exp(((double)logits[v] - logits[best]) / d.temperature) : 0;
+        uint32_t least = d.top_k > 0 && d.top_k < V ? threshold_of(logits, NULL, V, d.top_k) : 0;
+        for (int v = 0; v < V; v++) {
+            if (d.temperature != 1) w[v] = exp(((double)logits[v] - logits[best]) / d.temperature);
+            total += w[v] = float_order(logits[v]) >= least ? w[v] : 0;
+        }
         if (d.top_p < 1) {
             least = threshold_of(logits, w, V, d.top_p * total);
             total = 0;
@@ -1823,13 +1825,13 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first_ro
 enum { TRAIN = 1, EVAL = 2, SAMPLE = 4, ATTENTION = 8, TOKENIZE = 16, INFO = 32, FLOPS = 64 };
 
 static const struct { const char *name; int flag; const char *about; } commands[] = {
-    {"train", TRAIN, "Trains a model on token shards; writes model.bin, optimizer.bin, tokenizer.bin, log.csv and, with --ema,\nema.bin into --out."},
-    {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops; or solves puzzles (--sudoku),\n"
-                   "or answers questions (--exact-match)."},
+    {"train", TRAIN, "Trains a model on token shards.\nWrites model.bin, optimizer.bin, tokenizer.bin, log.csv and, with --ema, ema.bin into --out."},
+    {"eval", EVAL, "Estimates the NELBO of held-out tokens, in nats per token, for several numbers of loops.\n"
+                   "With --sudoku it solves puzzles, with --exact-match it answers questions."},
     {"sample", SAMPLE, "Writes text: from nothing, from a beginning (--prompt), or into the blanks of a template (--fill)."},
     {"attention", ATTENTION, "Measures how much attention masked positions pay to masked ones, by pass, head and noise level."},
-    {"tokenize", TOKENIZE, "Encodes text: --text shows its tokens; --input and --output turn a file into a token shard,\n"
-                           "stories separated by the end-of-text token's own text, <|endoftext|>."},
+    {"tokenize", TOKENIZE, "Encodes text: --text shows its tokens; --input and --output turn a file into a token shard.\n"
+                           "Stories are separated by the end-of-text token's own text, <|endoftext|>."},
     {"info", INFO, "Prints the configuration, parameters and memory of a trained model or a preset."},
     {"flops", FLOPS, "Prints the exact floating point operations of the matrix products, per token, by number of loops."},
 };
@@ -1861,7 +1863,8 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"heads", TRAIN | INFO | FLOPS, 'i', &opt_heads, 1, "NH", "attention heads"},
     {"channels", TRAIN | INFO | FLOPS, 'i', &opt_channels, 2, "C", "channels"},
     {"seq-len", TRAIN | INFO | FLOPS, 'i', &opt_seq_len, 1, "T", "positions in a row"},
-    {"vocab", TRAIN | INFO | FLOPS, 'i', &opt_vocab, 1, "V", "tokens, where there is no --tokenizer"},
+    {"vocab", TRAIN, 'i', &opt_vocab, 1, "V", "tokens, where there is no --tokenizer"},
+    {"vocab", INFO | FLOPS, 'i', &opt_vocab, 1, "V", "tokens, for a preset (default 4096)"},
     {"loop", TRAIN | INFO | FLOPS, 's', &opt_loop, 0, "A:B", "loop over layers A .. B-1; 0:0 for an ordinary MDM"},
     {"max-loops", TRAIN | INFO | FLOPS, 'i', &opt_max_loops, 1, "S", "loops in training: 1 to S"},
     {"init", TRAIN, 's', &opt_init, 0, "FOLDER", "begin with the parameters (averaged, if there is an ema.bin) of another model of the same shape; its loop may differ"},
@@ -1904,7 +1907,7 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"fill", SAMPLE, 's', &opt_fill, 0, "TEXT", "a template: ____ is a blank of one token, ________ of two, and so on"},
     {"fill-file", SAMPLE, 's', &opt_fill_file, 0, "FILE", "templates, one in a line"},
     {"puzzle", SAMPLE, 's', &opt_puzzle, 0, "BOARD", "a Sudoku, row by row, with . for blanks"},
-    {"length", SAMPLE, 'i', &opt_length, 2, "T", "tokens to write (default: all that the model takes)"},
+    {"length", SAMPLE, 'i', &opt_length, 2, "T", "tokens in all, with the prompt and the end-of-text before it (default: all that the model takes)"},
     {"steps", EVAL, 's', &opt_eval_steps, 0, "N,..", "denoising steps, with --sudoku and --exact-match"},
     {"steps", SAMPLE, 's', &opt_sample_steps, 0, "N", "denoising steps"},
     {"order", EVAL | SAMPLE, 's', &opt_order, 0, "NAME", "which tokens are kept first: random, confidence, margin, entropy, threshold"},
@@ -1917,7 +1920,7 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"top-p", EVAL | SAMPLE, 'f', &opt_top_p, 0, "P", "draw from the likeliest tokens that together have probability P"},
     {"n", SAMPLE, 'i', &opt_n, 1, "N", "texts to write"},
     {"watch", SAMPLE, 'b', &opt_watch, 0, "", "show the text while it is denoised"},
-    {"show-loops", SAMPLE, 'b', &opt_show_loops, 0, "", "also show what all blanks would be after each loop"},
+    {"show-loops", SAMPLE, 'b', &opt_show_loops, 0, "", "with --watch: also show what all blanks would be after each loop"},
     {"text", TOKENIZE, 's', &opt_text, 0, "TEXT", "text to encode"},
     {"input", TOKENIZE, 's', &opt_input, 0, "FILE", "file to encode"},
     {"output", TOKENIZE, 's', &opt_output, 0, "FILE", "token shard to write"},

@@ -23,7 +23,7 @@ Without a GPU make loopmdm_cuda_on_cpu runs the same kernels on the CPU (dev/cud
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: make GPU=sm_90"
+#error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: make loopmdm_cuda GPU=sm_90"
 #endif
 #else
 #include "dev/cuda_on_cpu.h"
@@ -51,7 +51,7 @@ enum { WORDS = 2 };
 // All tensors are row-major, in the GPU's memory. Where nothing else is said a function has the shapes of its namesake in loopmdm.c.
 
 static void cuda_check(cudaError_t error, const char *what) {
-    if (error == cudaErrorNoKernelImageForDevice) die(FAILED, "this program was built for another kind of GPU: make clean, and build it on this machine");
+    if (error == cudaErrorNoKernelImageForDevice) die(FAILED, "this program was built for another kind of GPU: remove build/loopmdm_cuda_*, and build it on this machine");
     if (error != cudaSuccess) die(FAILED, "%s: the GPU reports: %s", what, cudaGetErrorString(error));
 }
 

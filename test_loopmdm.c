@@ -1,6 +1,6 @@
 /*
 Checks loopmdm.c: against PyTorch's results in reference files, by properties that need none, and through the command line. Built with
-LOOPMDM_CU=1 it checks loopmdm.cu instead, on a GPU or, prepared for it, on the CPU (dev/cuda_on_cpu.h).
+-DTEST_CUDA='"loopmdm.cu"' it checks loopmdm.cu instead, on a GPU or, with the file prepared for it, on the CPU (dev/cuda_on_cpu.h).
 
     test_loopmdm PROGRAM FILE...     PROGRAM is the loopmdm to run, FILEs are reference files (dev/reference/README.md)
     test_loopmdm --digest            prints a checksum of training steps and samples, for comparing runs bit for bit
@@ -1339,7 +1339,7 @@ static void check_command_line(const char *d) {
         check("resumed equals unbroken, log.csv", system(logs[0]) != 0, 0, "%s: all but the speed", name);
     }
 
-    // a writer stopped between its two renames
+    // a writer stopped after the first of its three renames
     snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && cd %s/between && mv model.bin model.bin.tmp && mv ema.bin ema.bin.tmp && cp %s/step20.bin model.bin", d, d, d, d);
     check("copy", system(path[0]), 0, "a checkpoint");
     check("recovers an unfinished checkpoint", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/between --resume", base, d, long_run, d), 0, "model of step 40 still in model.bin.tmp");
@@ -1512,7 +1512,7 @@ static int report(void) { // the exit status
 
 int main(int argc, char **argv) {
     char folder[] = "/tmp/test_loopmdm.XXXXXX", command[64];
-    if (argc < 2) die(USAGE, "usage: test_loopmdm PROGRAM [REFERENCE FILE...], or test_loopmdm --digest or --layers");
+    if (argc < 2) die(USAGE, "usage: test_loopmdm PROGRAM [REFERENCE FILE...], or test_loopmdm --digest, --layers or --out-of-bounds");
     program = argv[1];
     if (!strcmp(program, "--digest")) {
         print_digest();

@@ -1,10 +1,10 @@
 """
-LoopMDM in PyTorch: the reference that loopmdm.c is checked against, to be read beside it. Same names, same order.
+LoopMDM in PyTorch: the reference that loopmdm.c is checked against, to be read beside it: in the same order, mostly with the same names.
 
-    python train_gpt2style.py train --data train.bin --tokenizer tokenizer.bin --model nano --out run/
-    python train_gpt2style.py dump --out dev/reference
+    .venv/bin/python train_gpt2style.py train --data train.bin --tokenizer tokenizer.bin --model nano --out run/
+    .venv/bin/python train_gpt2style.py dump --out dev/reference
 
-`train` takes the options of `loopmdm train` (and validates at S = 1, 2, 4, .. and S_max) and, from the same seed, uses the same initial
+`train` takes the options of `loopmdm train` but --recompute and --loops (it validates at S = 1, 2, 4, .. and S_max) and, from the same seed, uses the same initial
 parameters, batches, t, masks, loops and schedule; it reads and writes the same checkpoints and log.csv. `dump` writes the files that
 test_loopmdm.c reads (dev/reference/README.md has their format). Letters in shapes: B rows, T positions, C channels, NH heads,
 L layers, V tokens, S loops, R masked rows. Needs numpy and torch, nothing else.
@@ -834,7 +834,7 @@ def train(o):
             sys.exit(f"{o.out} already holds a model: continue it with --resume, or choose another --out")
         params = init_parameters(c, o.seed)
         if o.init:
-            other = checkpoint_load(o.init)[0]
+            other = checkpoint_load(o.init, "ema.bin" if os.path.exists(os.path.join(o.init, "ema.bin")) else "model.bin")[0]
             if tensor_shapes(other.config) != tensor_shapes(c) or other.config.vocab_size != c.vocab_size:
                 sys.exit(f"--init: {o.init} holds a model of another shape: {other.config}")
             params = {name: p.detach() for name, p in other.named_parameters()}
@@ -897,7 +897,7 @@ def main():
     p.add_argument("--time", default="uniform", choices=["uniform", "bell"], help="how noise levels are drawn")
     p.add_argument("--answers-after", help="a token's text: rows up to and with it are context; they begin at multiples of --seq-len")
     p.add_argument("--fixed-rows", action="store_true", help="rows begin at multiples of --seq-len in the data")
-    p.add_argument("--init", help="folder of a model of the same tensors to begin with; its loop may differ")
+    p.add_argument("--init", help="folder of a model of the same tensors to begin with (of its average, if it has one); its loop may differ")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, also one that loopmdm wrote")
     p.add_argument("--compile", action="store_true", help="run through torch.compile")
     d = commands.add_parser("dump", help="write reference files for test_loopmdm.c", formatter_class=formatter)

@@ -9,7 +9,7 @@ export PYTHON=${PYTHON:-python3}
 result=dev/results/gpu_$(echo "$name" | tr -c 'A-Za-z0-9\n' '_').txt
 mkdir -p dev/results build/test
 began=$SECONDS status=0
-step() { # SECONDS AT MOST, NAME, COMMAND...: its last lines go into the result
+step() { # SECONDS AT MOST, NAME, LINES, COMMAND...: its last LINES lines go into the result
     local limit=$1 title=$2 lines=$3
     shift 3
     local left=$((470 - SECONDS + began))

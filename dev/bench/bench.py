@@ -118,7 +118,7 @@ class Table:
             self.csv.writerow(["part", "what", "unit", "loopmdm", "pytorch_eager", "pytorch_compile", "ratio"])
 
     def line(self, part, what, unit, ours, theirs, note=""):
-        """theirs: [eager] or [eager, compile], higher is better (except bytes)."""
+        """theirs: [eager] or [eager, compile], higher is better; [] where there is none (the peak, scaling)."""
         ratio = ours / max(theirs) if theirs else None
         print(f"{what:36} {ours:10.0f}" + "".join(f" {t:10.0f}" for t in theirs) + (f" {ratio:7.2f}" if theirs else "") + note, flush=True)
         if self.csv:
@@ -141,11 +141,12 @@ def bench_train(o, table, folder):
         del peers
 
 
-def in_turns(turns, *sides):
-    """The smallest result of each of the functions sides, called in turns."""
-    best = [float("inf")] * len(sides)
-    for _ in range(turns):
+def in_turns(turns, seconds, *sides):
+    """The smallest result of each of the functions sides, called in turns: so many at least, and for so many seconds."""
+    best, began, turn = [float("inf")] * len(sides), time.perf_counter(), 0
+    while turn < turns or time.perf_counter() - began < seconds:
         best = [min(b, side()) for b, side in zip(best, sides)]
+        turn += 1
     return best
 
 
@@ -176,7 +177,7 @@ def bench_forward(o, table, lib):
             def forward():
                 with torch.no_grad():
                     model.logits(model(x, S).view(B * T, -1))
-            ours, theirs = in_turns(o.turns * 3, lambda: lib.bench_forward(S), seconds_of(forward))
+            ours, theirs = in_turns(o.turns, 3, lambda: lib.bench_forward(S), seconds_of(forward))
             table.line("forward", f"{o.model} V={o.vocab} T={T} B={B} S={S}", "tokens/s", B * T / ours, [B * T / theirs])
 
 
@@ -187,7 +188,7 @@ def bench_sample(o, table, lib):
     for B in (1, 16):
         model = open_both(o, B, lib)
         T = model.config.max_seq_len
-        ours, theirs = in_turns(o.turns, lambda: lib.bench_sample(4, steps), seconds_of(lambda: sample(model, B, T, 4, steps)))
+        ours, theirs = in_turns(o.turns, 3, lambda: lib.bench_sample(4, steps), seconds_of(lambda: sample(model, B, T, 4, steps)))
         table.line("sample", f"{o.model} V={o.vocab} T={T} B={B} S=4", "tokens/s", B * T / ours, [B * T / theirs])
 
 
@@ -207,7 +208,7 @@ def bench_matmul(o, table, lib):
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (out, inp, weight)]
             calls = (lambda: torch.mm(inp, weight.t(), out=out), lambda: torch.mm(out, weight, out=inp), lambda: torch.mm(out.t(), inp, out=weight))
             for kind, (what, call) in enumerate(zip(("forward", "input's gradient", "weight's gradient"), calls)):
-                ours, theirs = in_turns(max(5, min(50, int(2e9 * o.turns / (M * N * K)) + 2)), lambda: lib.bench_matmul(kind, *pointers, M, K, N), seconds_of(call))
+                ours, theirs = in_turns(o.turns, 0.7, lambda: lib.bench_matmul(kind, *pointers, M, K, N), seconds_of(call))
                 flops = 2e-9 * M * N * K
                 table.line("matmul", f"({M},{K})x({K},{N}) {what}", "GFLOP/s", flops / ours, [flops / theirs], f" {100 * flops / ours / peak:7.0f} %")
 
@@ -225,7 +226,7 @@ def peak_memory(arguments):
 
 
 def bench_memory(o, table, folder):
-    """Largest resident memory of training processes, in MiB; the ratio is PyTorch's part for the model over loopmdm's."""
+    """Largest resident memory of training processes, in MiB; the ratio is PyTorch's, with its own part, over loopmdm's."""
     print(f"{'':36} {'loopmdm':>10} {'recompute':>10} {'PyTorch':>10} {'of it torch':>11}   (MiB)")
     this = [sys.executable, os.path.abspath(__file__), "--model", o.model, "--vocab", str(o.vocab), "--batch", str(o.batch), "--threads", str(o.threads), "--seq-len", str(o.seq_len or 0)]
     torch_alone = peak_memory([sys.executable, "-c", "import torch; torch.mm(torch.ones(64, 64), torch.ones(64, 64))"])
@@ -246,7 +247,7 @@ def bench_memory(o, table, folder):
 
 
 def bench_scaling(o, table, folder):
-    """Seconds of a training step as one thing grows: tokens/s times tokens, and the share of what perfect scaling would give."""
+    """Milliseconds of a training step as one thing grows; its FLOPs and its time relative to the first."""
     def step_time(**changes):
         changed = argparse.Namespace(**{**vars(o), **{k: v for k, v in changes.items() if k != "S"}})
         speeds = [loopmdm_speed(changed, changes.get("S", 1), folder) for _ in range(o.turns)]

@@ -1,6 +1,7 @@
 /*
 Self-test of dev/cuda_on_cpu.h; test_cuda_on_cpu.sh builds it in several ways and runs it in each order. Without arguments it checks what
-kernels compute and prints one line for each check; with the name of a mistake it makes that mistake.
+kernels compute and prints one line for each check; with a number it makes the mistake of that number, or does what
+test_cuda_on_cpu.sh looks at (26, 27, 30).
 */
 #include "dev/cuda_on_cpu.h"
 
