@@ -2,7 +2,7 @@
 # make train    builds, writes stories, trains, evaluates, samples: 3 to 4 minutes on 2 cores, cc and make alone
 # make check    checks the C program against the reference files in the repository: cc alone
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
-# make bench    speed and memory beside PyTorch: half an hour (dev/bench)
+# make bench    speed and memory beside PyTorch: an hour and more (dev/bench)
 # make clean    removes what was built, the trained model too
 #
 # make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)

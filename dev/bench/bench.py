@@ -1,7 +1,7 @@
 """
 loopmdm beside PyTorch: the same model, batches and threads, in turns, best of several. On a shared machine only the ratio within one run means something.
 
-    make bench                                                      # everything on the CPU, into dev/results/bench_cpu.csv: half an hour
+    make bench                                                      # everything on the CPU, into dev/results/bench_cpu.csv: an hour and more
     .venv/bin/python dev/bench/bench.py                             # on the CPU: training of d6, V=4096, T=256, B=16, S = 1 and 4
     .venv/bin/python dev/bench/bench.py matmul forward sample       # parts of it
     python3 dev/bench/bench.py --device cuda --compile              # on a GPU: build/loopmdm_cuda_bf16, PyTorch under autocast
