@@ -58,6 +58,7 @@ static double tokens_per_byte(const Data *d, const Tokenizer *t, int rows, int T
     return count / bytes;
 }
 
+// Of eval and attention: --rows of T tokens, and --buckets
 static void check_rows(int T) {
     if ((double)opt_rows * T > INT_MAX / 4) die(USAGE, "--rows %d are too many", opt_rows);
     if (opt_buckets > 1000) die(USAGE, "--buckets is %d; at most 1000", opt_buckets);
