@@ -113,7 +113,7 @@ class Table:
 
     def __init__(self, path):
         self.file = open(path, "w", newline="") if path else None
-        self.csv = csv.writer(self.file) if path else None
+        self.csv = csv.writer(self.file, lineterminator="\n") if path else None
         if path:
             self.csv.writerow(["part", "what", "unit", "loopmdm", "pytorch_eager", "pytorch_compile", "ratio"])
 
