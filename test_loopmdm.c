@@ -1399,6 +1399,9 @@ static void check_command_line(const char *d) {
     expect_error(d, 2, "another shape", "train %s --out %s/whole --resume", base, d);
     expect_error(d, 2, "was begun with", "train %s %s --seed 5 --out %s/whole --resume", base, long_run, d);
     expect_error(d, 2, "was begun with --ema", "train %s %s --ema 0 --out %s/whole --resume", base, long_run, d);
+    snprintf(path[0], sizeof path[0], "sed s/aaa/aab/ %s/test.tok >%s/other.tok", d, d);
+    check("make", system(path[0]), 0, "another tokenizer of the same size");
+    expect_error(d, 2, "is not the one this run was begun with", "train %s %s --tokenizer %s/other.tok --out %s/whole --resume", base, long_run, d, d);
     check_tasks(d);
     // templates and prompts
     expect_error(d, 1, "are possible", "sample --model %s/whole --fill '____ bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb'", d);
