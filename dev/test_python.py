@@ -97,14 +97,14 @@ def decode_rows(path, tokens, T):
     return texts
 
 
-def wrong_steps(answer):
-    """Whether anything in a worked answer of arithmetic.c is wrong."""
+def wrong_steps(answer, fewest=2, most=4):
+    """Whether anything in a worked answer of arithmetic.c is wrong, the number of its steps too."""
     match = re.fullmatch(r"((?:\d+ [-+*/] \d+ = \d+ [a-z]+\. ?)+)\n#### (\d+)", answer)
     if not match:
         return True
     steps = [(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+) (.) (\d+) = (\d+)", match[1])]
     right = all({"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": c * b == a}[op] and 0 <= c <= 999 for a, op, b, c in steps)
-    return not right or not 2 <= len(steps) <= 4 or steps[-1][3] != int(match[2])
+    return not right or not fewest <= len(steps) <= most or steps[-1][3] != int(match[2])
 
 
 def check_arithmetic():
@@ -119,6 +119,9 @@ def check_arithmetic():
         run(cc, "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "dev/data/arithmetic.c", "-o", compiled)
         check(f"arithmetic: the same from {cc}", float(run(compiled, "--seed", "2", "--count", str(n)) != text))
     check(f"arithmetic: {n} problems with wrong steps", sum(wrong_steps(answer) for _, answer in problems) + abs(len(problems) - n))
+    for steps in range(1, 5):
+        some = run(program, "--seed", "2", "--count", "500", "--steps", str(steps)).split("<|endoftext|>\n")[:-1]
+        check(f"arithmetic: 500 problems of {steps} steps, that are wrong", sum(wrong_steps(problem.split("<|sep|>")[1].strip(), steps, steps) for problem in some) + abs(len(some) - 500))
     check(f"arithmetic: of {n} problems, not distinct", n - len({question for question, _ in problems}), 10)
     known = {question for question, _ in problems}
     check("arithmetic: questions of one seed that another has too", sum(p.strip().split("<|sep|>")[0] in known for p in other.split("<|endoftext|>")), 10)
@@ -149,6 +152,23 @@ def check_arithmetic():
     run(sys.executable, "dev/data/gsm.py", "--input", paths["all.jsonl"], "--output", paths["all.bin"], "--rows-of", str(T),
         "--tokenizer", paths["all.tok"], "--train-tokenizer", str(len(tokens)))
     check("arithmetic.tok is what its command writes", float(open(tok, "rb").read() != open(paths["all.tok"], "rb").read()))
+
+
+def check_templates():
+    """stories.c --templates: each is its story, with words that were told before left out."""
+    options = "--seed", "5", "--count", "1000"
+    stories = run("build/stories", *options).split("\n<|endoftext|>\n")[:-1]
+    templates = run("build/stories", *options, "--templates").splitlines()
+    blanks = wrong = untold = 0
+    for template, story in zip(templates, stories):
+        match = re.fullmatch(r"(\w+|\n)".join(map(re.escape, template.split("____"))), story)
+        for k in range(1, template.count("____") + 1) if match else ():
+            before, word = story[:match.start(k)], match[k]
+            blanks += 1
+            untold += before.count("\n") if word == "\n" else not re.search(rf"\b{word}\b", before, re.IGNORECASE)
+        wrong += not match
+    check("stories: 1000 templates that are not their stories", wrong + abs(len(templates) - 1000) + abs(len(stories) - 1000))
+    check(f"stories: of {blanks} blanks, not told before", untold if blanks > 5000 else 1)
 
 
 def check_gsm():
@@ -393,6 +413,7 @@ def main():
     beside = [os.path.join(os.path.dirname(text), f) for f in ("gpt2_vocab.json", "gpt2_merges.txt")]
     if all(os.path.exists(f) for f in beside):
         check_tokenizer(text, "gpt2", "--vocab", "gpt2", "--gpt2-vocab", beside[0], "--gpt2-merges", beside[1])
+    check_templates()
     check_arithmetic()
     check_gsm()
     check_reference()

@@ -26,7 +26,7 @@
  * needs, each after what it needs itself, the left number first, so that the question says their
  * order too. The rest of the story only distracts. A story is thrown away, and another made,
  * unless all divisions are exact, all numbers from 2 to 999, the words not too many, and the steps
- * as many as were drawn for this problem: 2, 3 or 4, as often each.
+ * as many as were drawn for this problem: 2, 3 or 4, as often each, or as --steps says.
  */
 #define PROGRAM "arithmetic"
 #define OUTPUT "--output"
@@ -243,9 +243,9 @@ static int work_out(const Problem *p, int number, int *steps, int count) {
     return count + 1;
 }
 
-static void write_problem(FILE *out, uint64_t seed, uint64_t index, int jsonl) {
+static void write_problem(FILE *out, uint64_t seed, uint64_t index, int only_steps, int jsonl) {
     Problem p = {.random = {hash(hash(0, seed), index), 0}};
-    int num_steps = draw(&p, 2, 4), steps[MAX_NUMBERS], answer;
+    int num_steps = only_steps ? only_steps : draw(&p, 2, 4), steps[MAX_NUMBERS], answer;
     do {
         p.num_numbers = p.num_sentences = p.num_words = 0;
         p.valid = 1;
@@ -281,17 +281,18 @@ static void write_problem(FILE *out, uint64_t seed, uint64_t index, int jsonl) {
 // The command line
 
 static const char usage[] =
-    "usage: arithmetic [--seed N] [--count N] [--jsonl] [--output FILE]\n"
+    "usage: arithmetic [--seed N] [--count N] [--steps N] [--jsonl] [--output FILE]\n"
     "Writes word problems, each as question<|sep|>worked steps, a line #### answer, and <|endoftext|>.\n"
     "  --seed N       which problems to write, 0 to 2^64-1 (default 1)\n"
     "  --count N      how many, at least 1 (default 1000)\n"
+    "  --steps N      only problems of N steps, 1 to 4 (default: of 2, 3 and 4)\n"
     "  --jsonl        write lines {\"question\": \"...\", \"answer\": \"...\"} instead, as GSM8K's files\n"
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
 int main(int argc, char **argv) {
     uint64_t seed = 1, count = 1000;
-    int jsonl = 0;
+    int steps = 0, jsonl = 0;
     static Output out;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
@@ -302,12 +303,13 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--seed")) seed = whole_number("--seed", next_value(argv, &i), 0, UINT64_MAX);
         else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
         else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
+        else if (!strcmp(argv[i], "--steps")) steps = (int)whole_number("--steps", next_value(argv, &i), 1, 4);
         else if (!strcmp(argv[i], "--jsonl")) jsonl = 1;
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
 
     start(&out);
-    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_problem(out.file, seed, i, jsonl);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_problem(out.file, seed, i, steps, jsonl);
     finish(&out);
     commit(&out);
     return 0;

@@ -13,6 +13,11 @@
  * each, and then a line <|endoftext|>. Story i depends only on the seed and on i, so a larger
  * --count only adds stories at the end, and another --seed gives another corpus.
  *
+ * With --templates each story becomes a task: a line in which a word chosen for this story is a
+ * blank, ____, if it was told before, is one word and follows a space; the end of the first
+ * paragraph is a blank too. The same seed without --templates gives the stories themselves, which
+ * are the right answers.
+ *
  * With --output FILE the text goes to FILE.tmp, which is renamed when complete: FILE is never half
  * written. An error is one line on standard error; the exit status is then 2 if the command line
  * is wrong and 1 if the text could not be written.
@@ -160,15 +165,19 @@ static const char *const plots[][16] = {
 // ------------------------------------------------------------------------------------------------
 // Making a story: choose words, fill them in
 
+#define BLANK "____" // of one token, in loopmdm's templates
+
 typedef struct { const char *text; size_t len; } Span; // a piece of a string in the tables above
 
-typedef struct { Span name, word, word2; } Slot;       // {name} stands for word, {name2} for word2
+typedef struct { Span name, word[2]; int told[2]; } Slot; // {name} stands for word[0], {name2} for word[1]; which were written already?
 
 typedef struct {
     FILE *out;
     Random random;    // its key is this story's
     Slot slots[16];   // the cast, `common`, then what the plot chooses
     int num_slots;
+    int templates;    // write a blank for what was told before
+    char last;        // the last character written
 } Story;
 
 static Span span(const char *from, const char *to) { return (Span){ from, (size_t)(to - from) }; }
@@ -202,7 +211,12 @@ static Span choose(Story *s, Span list) {
 
 static void add_slot(Story *s, Span name, Span word, Span word2) {
     if (s->num_slots == COUNT(s->slots)) die(1, "a plot has too many slots; make slots[] larger");
-    s->slots[s->num_slots++] = (Slot){ name, word, word2 };
+    s->slots[s->num_slots++] = (Slot){ name, { word, word2 }, { 0, 0 } };
+}
+
+static void put(Story *s, Span text) {
+    if (text.len) s->last = text.text[text.len - 1];
+    fwrite(text.text, 1, text.len, s->out);
 }
 
 // Chooses two different words for the slot of a row such as "thing = ball|car".
@@ -212,19 +226,26 @@ static void choose_slot(Story *s, const char *row, const char *equals) {
     add_slot(s, span(row, equals), option(list, k), option(list, k2));
 }
 
-// Writes the word for what stands within {...}: "thing", "thing2", "Thing" or "a thing".
+// Writes the word for what stands within {...}: "thing", "thing2", "Thing" or "a thing"; or a blank.
 static void fill(Story *s, Span ask) {
     int article = ask.len > 2 && memcmp(ask.text, "a ", 2) == 0;
     if (article) ask = (Span){ ask.text + 2, ask.len - 2 };
     int second = ask.text[ask.len - 1] == '2';
     size_t len = ask.len - (size_t)second;
     for (int i = s->num_slots; i-- > 0;) { // backwards: a plot's list hides the one in `common`
-        Span name = s->slots[i].name, word = second ? s->slots[i].word2 : s->slots[i].word;
-        if (name.len == len && name.text[0] == tolower(ask.text[0]) &&
-            memcmp(name.text + 1, ask.text + 1, len - 1) == 0) {
-            if (article) fputs(strchr("aeiou", word.text[0]) ? "an " : "a ", s->out);
-            putc(isupper(ask.text[0]) ? toupper(word.text[0]) : word.text[0], s->out);
-            fwrite(word.text + 1, 1, word.len - 1, s->out);
+        Slot *slot = &s->slots[i];
+        Span word = slot->word[second];
+        if (slot->name.len == len && slot->name.text[0] == tolower(ask.text[0]) &&
+            memcmp(slot->name.text + 1, ask.text + 1, len - 1) == 0) {
+            if (article) put(s, whole(strchr("aeiou", word.text[0]) ? "an " : "a "));
+            if (s->templates && slot->told[second] && s->last == ' ' && !memchr(word.text, ' ', word.len)) {
+                put(s, whole(BLANK));
+                return;
+            }
+            char first = isupper(ask.text[0]) ? (char)toupper(word.text[0]) : word.text[0];
+            put(s, (Span){ &first, 1 });
+            put(s, (Span){ word.text + 1, word.len - 1 });
+            slot->told[second] = 1;
             return;
         }
     }
@@ -242,13 +263,13 @@ static void expand(Story *s, Span wordings) {
             expand(s, span(p + 1, close));
             p = close;
         } else {
-            putc(*p, s->out);
+            put(s, (Span){ p, 1 });
         }
     }
 }
 
-static void write_story(FILE *out, uint64_t seed, uint64_t index) {
-    Story s = { .out = out, .random = { hash(hash(0, seed), index), 0 } };
+static void write_story(FILE *out, uint64_t seed, uint64_t index, int templates) {
+    Story s = { .out = out, .random = { hash(hash(0, seed), index), 0 }, .templates = templates };
     int girl = random_below(&s.random, 2);
     for (int i = 0; i < COUNT(cast); i++) {
         Span boy_word = choose(&s, whole(cast[i].boy)), girl_word = choose(&s, whole(cast[i].girl));
@@ -265,26 +286,29 @@ static void write_story(FILE *out, uint64_t seed, uint64_t index) {
             choose_slot(&s, row, equals);
         } else {
             int paragraph = *row == '\n';
-            if (sentences++) putc(paragraph ? '\n' : ' ', out);
+            if (sentences++) put(&s, whole(!paragraph ? " " : templates ? BLANK : "\n"));
             expand(&s, whole(row + paragraph));
         }
     }
-    fputs("\n<|endoftext|>\n", out);
+    fputs(templates ? "\n" : "\n<|endoftext|>\n", out);
 }
 
 // ------------------------------------------------------------------------------------------------
 // The command line
 
 static const char usage[] =
-    "usage: stories [--seed N] [--count N] [--output FILE]\n"
+    "usage: stories [--seed N] [--count N] [--templates] [--output FILE]\n"
     "Writes simple children's stories, each followed by a line <|endoftext|>.\n"
     "  --seed N       which corpus to write, 0 to 2^64-1 (default 1)\n"
     "  --count N      how many stories, at least 1 (default 1000)\n"
+    "  --templates    write each as a line in which what the story has told before is ____, to be\n"
+    "                 filled in; the same seed without it gives the answers\n"
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
 int main(int argc, char **argv) {
     uint64_t seed = 1, count = 1000;
+    int templates = 0;
     static Output out;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
@@ -294,12 +318,13 @@ int main(int argc, char **argv) {
         }
         if (!strcmp(argv[i], "--seed")) seed = whole_number("--seed", next_value(argv, &i), 0, UINT64_MAX);
         else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
+        else if (!strcmp(argv[i], "--templates")) templates = 1;
         else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
 
     start(&out);
-    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_story(out.file, seed, i);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_story(out.file, seed, i, templates);
     finish(&out);
     commit(&out);
     return 0;
