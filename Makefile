@@ -2,6 +2,7 @@
 # make train    builds, writes stories, trains, evaluates, samples: 3 to 4 minutes on 2 cores, cc and make alone
 # make check    checks the C program against the reference files in the repository: cc alone
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
+# make experiments  what looping gains, with tables and plots (dev/experiments): hours; QUICK=1 shows in two minutes that they work; TINYSTORIES=FILE adds real text
 # make bench    speed and memory beside PyTorch: an hour and more (dev/bench)
 # make clean    removes what was built, the trained model too
 #
@@ -143,7 +144,7 @@ test_cuda_on_cpu: loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
 	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
 
 test:
-	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
+	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(EXPERIMENT_DATA)
 	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
 # dev/bench: where the time of a step goes (a program), and what bench.py cannot time from outside (the same file as a library)
@@ -158,7 +159,31 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 	build/profile
 	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite --loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
 
+# dev/experiments: does looping pay? In order; each goes on where it was interrupted. QUICK=1 shows that each works.
+EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions
+EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+	$(if $(TINYSTORIES),build/tinystories/train.bin)
+experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
+	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py $(if $(filter 1,$(QUICK)),--quick) || exit 1; done
+
+build/sudoku_%.bin: build/sudoku
+	build/sudoku --size 6 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),300000,16384) --output $@ --tokenizer build/sudoku_$*.tok
+
+build/puzzles.bin: build/sudoku
+	build/sudoku --size 6 --givens 16 --seed 2 --count 1000 --output $@
+
+build/templates.txt: build/stories
+	build/stories --seed 3 --count 1000 --output build/templates_answers.txt
+	build/stories --seed 3 --count 1000 --templates --output $@
+
+build/tinystories/train.bin: $(TINYSTORIES) | .venv/ready
+	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab 512 --out build/tinystories
+
+build/problems1_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
+	build/arithmetic --steps 1 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
+	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 --input build/problems1_$*.txt --output $@
+
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check bench test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE
+.PHONY: all train check bench experiments test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE

@@ -31,6 +31,34 @@ build_and_run() { # NAME, compiler flags, reference files: builds program and te
         $CC -std=c11 $options $flags test_loopmdm.c -o "build/test/test_$name" -lm && "build/test/test_$name" "build/test/loopmdm_$name" "$@"
 }
 
+# Each experiment in small: it leaves a table and a figure, and once more it has nothing to train
+experiments() {
+    local ok=0 bad=0 name script sum log=build/test/experiment.log small=build/experiments_quick
+    rm -rf $small
+    for script in dev/experiments/[a-z]*.py; do
+        name=$(basename "$script" .py)
+        [ "$name" = common ] && continue
+        if $python "$script" --quick --jobs 1 >$log 2>&1 && ls $small/"$name"*.csv $small/"$name"*.png >/dev/null; then
+            ok=$((ok + 1)); echo "ok    $name: table and figure"
+        else
+            bad=$((bad + 1)); echo "FAIL  $name: $(tail -n 1 $log)"
+        fi
+    done
+    sum=$(cat $small/*.csv $small/*.png | cksum)
+    if $python dev/experiments/flops.py --quick >$log 2>&1 && ! grep -q training: $log && [ "$(cat $small/*.csv $small/*.png | cksum)" = "$sum" ]; then
+        ok=$((ok + 1)); echo "ok    flops: once more it trains nothing, and its tables and figures are the same"
+    else
+        bad=$((bad + 1)); echo "FAIL  flops: once more it fails, trains again, or its tables or figures differ"
+    fi
+    echo 'seed 9' >>$small/sudoku_12T_seed=1/made_of
+    if $python dev/experiments/flops.py --quick >$log 2>&1 || [ "$(wc -l <$log)" != 1 ] || ! grep -q "was begun with other options" $log; then
+        bad=$((bad + 1)); echo "FAIL  flops: a model of other options does not end it with one line"
+    else
+        ok=$((ok + 1)); echo "ok    flops: a model of other options ends it with one line"
+    fi
+    echo "$ok passed, $bad failed"
+}
+
 # What uses one thread, beside the rest
 export ASAN_OPTIONS=detect_leaks=0 # memory is left to the end of the process on purpose
 one_thread() {
@@ -44,6 +72,7 @@ with_python() {
     export OMP_NUM_THREADS=1
     OMP_WAIT_POLICY=PASSIVE $python train_gpt2style.py dump --large --out build/test/reference || echo "FAIL: no large reference files"
     part python $python dev/test_python.py
+    part experiments experiments
     unset OMP_NUM_THREADS
 }
 beside one_thread with_python

@@ -1,0 +1,359 @@
+"""
+What the experiments share: tasks, models that are trained for a number of FLOPs, questions to the program, tables, figures.
+
+./loopmdm does all training and evaluation, one thread for each model and as many models at a time as there are cores. A model's folder in
+build/experiments is named after what makes it differ from its task's other models, so that experiments share models; what the program has answered
+about it is kept there too. So an experiment that was interrupted goes on where it stopped, and one that is repeated only draws. A change of the program
+itself is not noticed: remove build/experiments to begin anew.
+
+With --quick everything is tiny, in build/experiments_quick: it shows that an experiment works, not what comes out.
+"""
+import argparse
+import csv
+import functools
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--quick", action="store_true", help="tiny models for a few steps: does it work?")
+parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), help="models at a time, each with one thread (default: one for each core)")
+parser.add_argument("--task", choices=("sudoku", "stories", "tinystories"), help="only this one, where an experiment has several")
+given = parser.parse_args()
+if given.jobs < 1:
+    parser.error("--jobs needs 1 or more")
+QUICK, JOBS = given.quick, given.jobs
+WORK = "build/experiments_quick" if QUICK else "build/experiments"
+RESULTS = WORK if QUICK else "dev/results"
+SEEDS = (1,) if QUICK else (1, 2, 3)
+TERA = 1e12
+
+
+class Failure(Exception):
+    """Ends the experiment with one line."""
+
+
+def report(kind, error, trace):
+    """Errors that a user can do something about are one line."""
+    if issubclass(kind, (Failure, OSError)):
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = report
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: data, and the options of train that all models of a task have in common
+
+
+@dataclass(frozen=True)
+class Task:
+    """Token shards, and options of `loopmdm train` ("" is the value of one that takes none)."""
+    data: str         # shard to train on
+    held_out: str     # shard to evaluate on
+    tokenizer: str
+    rows: int         # of the held-out data in an evaluation; where there are fewer they come again with other masks
+    options: dict     # shape, batch, optimizer; a run may change them
+    unit: str = "nats per token"
+    entropy: float = 0  # of the data, in that unit, where it is known: no NELBO can be lower
+
+
+SMALL = {"layers": 4, "channels": 64, "heads": 4, "loop": "1:3", "max-loops": 4, "weight-decay": 0.01, "clip": 0.5}
+TASKS = {
+    # There are 28,200,960 boards of 6x6. 1 % of the held-out ones are among the 300,000 of training
+    "sudoku": Task("build/sudoku_train.bin", "build/sudoku_val.bin", "build/sudoku_train.tok", 16384, {**SMALL, "fixed-rows": "", "seq-len": 36, "batch": 32, "lr": 2e-3}, "nats per cell", 17.15481 / 36),
+    "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok", 4096, {**SMALL, "seq-len": 96, "batch": 4, "lr": 3e-3}),
+    "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin", "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64, "batch": 8, "lr": 2e-3}),
+    "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**SMALL, "answers-after": "<|sep|>", "seq-len": 72, "batch": 8, "lr": 2e-3}),
+}
+
+CHOSEN = [task for task in ("sudoku", "stories", "tinystories") if given.task in (None, task) and (task != "tinystories" or os.path.exists(TASKS[task].data))]
+
+# The three models that most experiments compare: a mean step of the last two costs the same
+MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 7}, "LoopMDM": {}}
+LOOPS = (1, 2, 4, 8)
+LINES = [("MDM", 1), ("deeper MDM", 1)] + [("LoopMDM", S) for S in LOOPS]  # a model, used with so many loops
+
+
+def label(name, S):
+    """How tables and figures call one of LINES."""
+    return f"{name}, S={S}" if name == "LoopMDM" else name
+
+
+def vocabulary_of(tokenizer):
+    """The size of its vocabulary: number 2 in the header (dev/data/README.md)."""
+    with open(tokenizer, "rb") as file:
+        return int.from_bytes(file.read(12)[8:], "little")
+
+
+@functools.lru_cache(maxsize=None)
+def fingerprint(path):
+    """A hash of a file that does not change while the experiment runs."""
+    with open(path, "rb") as file:
+        return hashlib.sha1(file.read()).hexdigest()[:12]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
+
+children = set()  # processes that run now: they end with the experiment
+
+
+def loopmdm(*arguments):
+    """Runs the program with one thread; returns what it prints, each byte a character, as a model may write any bytes."""
+    try:
+        process = subprocess.Popen(["./loopmdm", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    except OSError as error:
+        raise Failure(f"cannot run ./loopmdm: {error.strerror}; make experiments builds it") from None
+    children.add(process)
+    output, said = process.communicate()
+    children.discard(process)
+    if process.returncode:
+        raise Failure(f"./loopmdm {' '.join(map(str, arguments))} ended with status {process.returncode}: {(said.decode('latin-1').strip() or 'no message').splitlines()[-1]}")
+    return output.decode("latin-1")
+
+
+def rows_of(output):
+    """The lines of the program's tables, as lists of numbers: '+-' and '%' are left out."""
+    return [[float(word) for word in line.replace("+-", "").replace("%", "").split()] for line in output.splitlines() if re.fullmatch(r"[\d\s.%+\-e]*\d[\d\s.%+\-e]*", line)]
+
+
+def each(what, function, items, progress=None):
+    """[function(item) for item in items], as many at a time as JOBS, with a line that says how much is done (progress(): from 0 to 1) and the time left."""
+    items, began, finished = list(items), time.time(), []
+    if not items:
+        return []
+    start = progress() if progress else 0
+
+    def one(item):
+        result = function(item)
+        finished.append(item)
+        return result
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        futures = [pool.submit(one, item) for item in items]
+        pending = set(futures)
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=2 if sys.stdout.isatty() else 60, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                share = progress() if progress else len(finished) / len(items)
+                left = f", {(time.time() - began) * (1 - share) / (share - start) / 60:.0f} minutes left" if share > start else ""
+                if pending:
+                    print(f"{what}: {len(finished)} of {len(items)}, {100 * share:.0f} %{left}" + " " * 10, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        except BaseException:  # Ctrl-C too: nothing new begins, and train saves when it is told to end
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(children):
+                process.terminate()
+            raise
+    print(f"{what}: {len(items)} done in {time.time() - began:.0f} s" + " " * 30, flush=True)
+    return [future.result() for future in futures]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of a task, with options that differ from the task's, trained for a budget of floating point operations."""
+    task: str
+    budget: float   # FLOP
+    seed: int
+    changes: tuple  # of (option, value)
+
+    @property
+    def options(self):
+        return {**TASKS[self.task].options, **dict(self.changes)}
+
+    @property
+    def folder(self):
+        words = [self.task] + [f"{name}={value}".replace(":", "-") for name, value in self.changes] + [f"{self.budget / TERA:g}T", f"seed={self.seed}"]
+        return os.path.join(WORK, "_".join(words))
+
+    @property
+    def max_loops(self):
+        """S_max; an ordinary MDM runs all its layers once."""
+        return 1 if self.options["loop"] == "0:0" else self.options["max-loops"]
+
+    @property
+    def steps(self):
+        """Optimizer steps for that budget, by the mean over p(S)."""
+        steps = max(1, round(self.budget / (mean_flops(self) * self.options["batch"])))
+        return min(steps, 6) if QUICK else steps
+
+    def flops(self):
+        """FLOP of the steps that log.csv has: exact for the loops that were drawn and the tokens that were masked."""
+        try:
+            with open(os.path.join(self.folder, "log.csv"), "rb") as log:
+                log.seek(max(0, os.path.getsize(log.name) - 1000))
+                return float(log.read().split(b"\n")[-2].split(b",")[7])
+        except (OSError, IndexError, ValueError):
+            return 0.0
+
+    def finished(self):
+        return os.path.exists(os.path.join(self.folder, "done"))
+
+
+def run(task, budget, seed=1, **changes):
+    """A Run; options are written with _ for -."""
+    base = TASKS[task].options
+    changes = {name.replace("_", "-"): value for name, value in changes.items()}
+    return Run(task, budget, seed, tuple(sorted((name, value) for name, value in changes.items() if base.get(name) != value)))
+
+
+@functools.lru_cache(maxsize=None)
+def flops_of_row(layers, heads, channels, T, loop, S_max, V):
+    """{S: FLOP of training on a row, half masked}, as the program counts them."""
+    table = loopmdm("flops", "--layers", layers, "--heads", heads, "--channels", channels, "--seq-len", T, "--loop", loop, "--max-loops", S_max, "--vocab", V)
+    return {int(row[0]): row[3] * 1e6 * T for row in rows_of(table)}
+
+
+def mean_flops(r):
+    """FLOP of training on a row, half masked: the mean over p(S)."""
+    o = r.options
+    costs = flops_of_row(o["layers"], o["heads"], o["channels"], o["seq-len"], o["loop"], r.max_loops, vocabulary_of(TASKS[r.task].tokenizer))
+    cost = [costs[S] for S in range(1, r.max_loops + 1)]
+    weights = [1 / c for c in cost] if o.get("loop-dist") == "flops" else [1] * len(cost)
+    return sum(w * c for w, c in zip(weights, cost)) / sum(weights)
+
+
+def check_identity(r):
+    """Notes in a model's folder all that makes it, or ends the experiment if there it says otherwise."""
+    task, note = TASKS[r.task], os.path.join(r.folder, "made_of")
+    made_of = "".join(f"{name} {value}\n" for name, value in sorted({**r.options, "max-loops": r.max_loops, "seed": r.seed, "steps": r.steps}.items()))
+    made_of += "".join(f"{path} {fingerprint(path)}\n" for path in (task.data, task.tokenizer))
+    os.makedirs(r.folder, exist_ok=True)
+    if not os.path.exists(note):
+        with open(note, "w") as file:
+            file.write(made_of)
+    elif open(note).read() != made_of:
+        raise Failure(f"{r.folder} was begun with other options or data (compare {note}); remove it")
+
+
+def train_one(r):
+    """Trains it, or goes on with it."""
+    task = TASKS[r.task]
+    command = ["train", "--data", task.data, "--val-data", task.held_out, "--tokenizer", task.tokenizer, "--out", r.folder, "--steps", r.steps, "--seed", r.seed,
+               "--warmup", max(1, r.steps // 20), "--val-every", max(1, r.steps // 10), "--val-rows", 16 if QUICK else 256, "--save-every", 500, "--threads", 1]
+    for name, value in {**r.options, "max-loops": r.max_loops}.items():
+        command += [f"--{name}"] + ([value] if value != "" else [])
+    loopmdm(*command, *(["--resume"] if os.path.exists(os.path.join(r.folder, "model.bin")) else []))
+    open(os.path.join(r.folder, "done"), "w").close()
+
+
+def train(runs):
+    """Trains those that are not finished, the longest first."""
+    for r in runs:
+        check_identity(r)
+    todo = sorted(dict.fromkeys(r for r in runs if not r.finished()), key=lambda r: -r.budget)
+    total = sum(r.budget for r in todo)
+    each("training", train_one, todo, lambda: sum(r.budget if r.finished() else min(r.flops(), r.budget) for r in todo) / total)
+
+
+def ask(r, *arguments, file=False):
+    """What the program prints about a trained model, or with file=True what it writes into a file, the value of the last argument. Kept beside the model."""
+    words = [str(word) for word in arguments]
+    key = hashlib.sha1(" ".join(words + [fingerprint(word) for word in words if os.path.isfile(word)]).encode()).hexdigest()[:12]
+    kept = os.path.join(r.folder, f"{words[0]}_{key}")
+    if not os.path.exists(kept):
+        new = f"{kept}.{os.getpid()}"
+        output = loopmdm(words[0], "--model", r.folder, *words[1:], *([new] if file else []), "--threads", 1)
+        if not file:
+            with open(new, "w", encoding="latin-1", newline="") as answer:
+                answer.write(output)
+        os.rename(new, kept)
+    with open(kept, encoding="latin-1", newline="") as answer:
+        return answer.read()
+
+
+def numbers(values):
+    """As the program's options take a list."""
+    return ",".join(map(str, values))
+
+
+def loops_of(r):
+    """With how many loops it is used: up to twice as many as in training."""
+    return [S for S in LOOPS if S <= 2 * r.max_loops] if r.max_loops > 1 else [1]
+
+
+def nelbo(r, loops=None, seed=1, data=None, rows=None):
+    """{S: NELBO} of held-out data, or of others; the same rows and masks for all models of a task, others with another seed."""
+    task = TASKS[r.task]
+    fixed = ["--answers-after", r.options["answers-after"]] if "answers-after" in r.options else []
+    table = ask(r, "eval", "--data", data or task.held_out, "--loops", numbers(loops or loops_of(r)), "--rows", 32 if QUICK else rows or task.rows, "--seed", seed, *fixed)
+    return {int(row[0]): row[2] for row in rows_of(table)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results: a CSV file, a table and a figure for each experiment
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: told apart by nearly everyone
+MARKERS = "osD^vP*"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5})
+
+
+def save_csv(name, columns, rows):
+    """dev/results/NAME.csv, complete or not at all."""
+    os.makedirs(RESULTS, exist_ok=True)
+    path = os.path.join(RESULTS, name + ".csv")
+    with open(path + ".tmp", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns] + [[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows])
+    os.rename(path + ".tmp", path)
+
+
+def save_figure(figure, name):
+    """dev/results/NAME.png, as wide as README shows it; the same bytes from the same numbers."""
+    figure.tight_layout()
+    figure.savefig(os.path.join(RESULTS, name + ".png"), dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def spread(values, form="{:.4f}"):
+    """'mean (lowest to highest)' of the seeds."""
+    values = list(values)
+    return form.format(mean(values)) + (f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else "")
+
+
+def line(ax, i, what, values, style="-"):
+    """One line in color i: the mean over seeds, and a band from the lowest to the highest. values: {x: [value of each seed]}."""
+    xs = list(values)
+    ax.plot(xs, [mean(values[x]) for x in xs], color=COLORS[i], marker=MARKERS[i], linestyle=style, label=what)
+    ax.fill_between(xs, [min(values[x]) for x in xs], [max(values[x]) for x in xs], color=COLORS[i], alpha=0.2, linewidth=0)
+
+
+def log_axis(ax, ticks, form="{}"):
+    """A logarithmic x axis with these ticks alone."""
+    ax.set_xscale("log")
+    ax.set_xticks(list(ticks), [form.format(x) for x in ticks])
+    ax.minorticks_off()
+
+
+def print_table(title, columns, rows):
+    """A table as README has it."""
+    print(f"\n{title}\n")
+    print("| " + " | ".join(map(str, columns)) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+    print(flush=True)
