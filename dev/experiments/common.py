@@ -82,7 +82,7 @@ TASKS = {
     "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**SMALL, "answers-after": "<|sep|>", "seq-len": 72, "batch": 8, "lr": 2e-3}),
 }
 
-CHOSEN = [task for task in ("sudoku", "stories", "tinystories") if given.task in (None, task) and (task != "tinystories" or os.path.exists(TASKS[task].data))]
+CHOSEN = [task for task in ("sudoku", "stories", "tinystories") if given.task in (None, task) and (task != "tinystories" or not QUICK and os.path.exists(TASKS[task].data))]
 
 # The three models that most experiments compare: a mean step of the last two costs the same
 MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 7}, "LoopMDM": {}}
