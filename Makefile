@@ -161,7 +161,7 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 
 # dev/experiments: does looping pay? In order; each goes on where it was interrupted. QUICK=1 shows that each works.
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions
-EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	$(if $(TINYSTORIES),build/tinystories/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py $(if $(filter 1,$(QUICK)),--quick) || exit 1; done
@@ -169,8 +169,8 @@ experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 build/sudoku_%.bin: build/sudoku
 	build/sudoku --size 6 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),300000,16384) --output $@ --tokenizer build/sudoku_$*.tok
 
-build/puzzles.bin: build/sudoku
-	build/sudoku --size 6 --givens 16 --seed 2 --count 1000 --output $@
+build/puzzles10.bin: build/sudoku
+	build/sudoku --size 6 --givens 10 --seed 2 --count 1000 --output $@
 
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt

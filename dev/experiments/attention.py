@@ -7,7 +7,7 @@ ones, divided by the share that they would get if attention were uniform; where 
 import csv
 import io
 
-from common import CHOSEN, QUICK, SEEDS, TASKS, ask, each, line, plt, print_table, save_csv, save_figure, spread
+from common import CHOSEN, QUICK, SEEDS, TASKS, ask, each, finish, line, one_part, print_table, save_csv, spread
 from loops import models
 
 TRAINED, LOOPS = 8, 16
@@ -27,21 +27,19 @@ def by_pass(r):
 
 def experiment(task):
     runs = {seed: r for (most, seed), r in models(task).items() if most == TRAINED}
-    results = dict(zip(runs, each("measuring attention", by_pass, runs.values())))
+    results = each("measuring attention", by_pass, runs)
     save_csv(f"attention_{task}", ["layer", "loop", "seed", "to_masked_over_uniform"], [[layer, loop, seed, value] for seed, found in results.items() for (layer, loop), value in found.items()])
     layers = sorted({layer for layer, _ in results[1]})
     values = {layer: {s: [results[seed][layer, s] for seed in SEEDS] for s in range(1, LOOPS + 1)} for layer in layers}
     print_table(f"{task}: attention from masked to masked positions over the uniform share, 0.4 < t < 0.6, mean (lowest to highest) of {len(SEEDS)} seeds", ["loop"] + [f"layer {layer}" for layer in layers],
                 [[s] + [spread(values[layer][s], "{:.3f}") for layer in layers] for s in (1, 2, 3, 4, 6, 8, 12, 16)])
 
-    figure, ax = plt.subplots(figsize=(7, 4))
+    ax = one_part()
     for i, layer in enumerate(layers):
         line(ax, i, f"layer {layer}", values[layer])
     ax.axhline(1, color="black", linewidth=1)
     ax.axvline(TRAINED, color="black", linestyle=":", linewidth=1)
-    ax.set(xlabel="loop (dotted: the most in training)", ylabel="attention to masked / uniform", title=f"Attention from masked to masked positions, {task}")
-    ax.legend()
-    save_figure(figure, f"attention_{task}")
+    finish(ax, f"attention_{task}", xlabel="loop (dotted: the most in training)", ylabel="attention to masked / uniform", title=f"Attention from masked to masked positions, {task}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from statistics import fmean as mean
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../data"))
+import gsm  # noqa: E402
 
 parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--quick", action="store_true", help="tiny models for a few steps: does it work?")
@@ -95,10 +99,10 @@ def label(name, S):
     return f"{name}, S={S}" if name == "LoopMDM" else name
 
 
-def vocabulary_of(tokenizer):
-    """The size of its vocabulary: number 2 in the header (dev/data/README.md)."""
-    with open(tokenizer, "rb") as file:
-        return int.from_bytes(file.read(12)[8:], "little")
+@functools.lru_cache(maxsize=None)
+def tokens_of(tokenizer):
+    """Its vocabulary, as list[bytes]."""
+    return gsm.read_tokenizer_bin(tokenizer)[0]
 
 
 @functools.lru_cache(maxsize=None)
@@ -134,10 +138,10 @@ def rows_of(output):
 
 
 def each(what, function, items, progress=None):
-    """[function(item) for item in items], as many at a time as JOBS, with a line that says how much is done (progress(): from 0 to 1) and the time left."""
-    items, began, finished = list(items), time.time(), []
+    """{key: function(item)} for a dictionary of items, as many at a time as JOBS, with a line that says how much is done (progress(): from 0 to 1) and the time left."""
+    began, finished = time.time(), []
     if not items:
-        return []
+        return {}
     start = progress() if progress else 0
 
     def one(item):
@@ -146,8 +150,8 @@ def each(what, function, items, progress=None):
         return result
 
     with ThreadPoolExecutor(JOBS) as pool:
-        futures = [pool.submit(one, item) for item in items]
-        pending = set(futures)
+        futures = {key: pool.submit(one, item) for key, item in items.items()}
+        pending = set(futures.values())
         try:
             while pending:
                 done, pending = wait(pending, timeout=2 if sys.stdout.isatty() else 60, return_when=FIRST_EXCEPTION)
@@ -163,7 +167,7 @@ def each(what, function, items, progress=None):
                 process.terminate()
             raise
     print(f"{what}: {len(items)} done in {time.time() - began:.0f} s" + " " * 30, flush=True)
-    return [future.result() for future in futures]
+    return {key: future.result() for key, future in futures.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,18 +223,23 @@ def run(task, budget, seed=1, **changes):
 
 
 @functools.lru_cache(maxsize=None)
-def flops_of_row(layers, heads, channels, T, loop, S_max, V):
-    """{S: FLOP of training on a row, half masked}, as the program counts them."""
-    table = loopmdm("flops", "--layers", layers, "--heads", heads, "--channels", channels, "--seq-len", T, "--loop", loop, "--max-loops", S_max, "--vocab", V)
-    return {int(row[0]): row[3] * 1e6 * T for row in rows_of(table)}
+def flops_of_row(layers, heads, channels, T, loop, V):
+    """{S: (FLOP of a forward pass over a row, all masked; FLOP of training on it, half masked)} for S from 1 to 24, as the program counts them."""
+    table = loopmdm("flops", "--layers", layers, "--heads", heads, "--channels", channels, "--seq-len", T, "--loop", loop, "--max-loops", 24, "--vocab", V)
+    return {int(row[0]): (row[2] * 1e6 * T, row[3] * 1e6 * T) for row in rows_of(table)}
+
+
+def flops_by_loops(r):
+    """flops_of_row() of a model."""
+    o = r.options
+    return flops_of_row(o["layers"], o["heads"], o["channels"], o["seq-len"], o["loop"], len(tokens_of(TASKS[r.task].tokenizer)))
 
 
 def mean_flops(r):
     """FLOP of training on a row, half masked: the mean over p(S)."""
-    o = r.options
-    costs = flops_of_row(o["layers"], o["heads"], o["channels"], o["seq-len"], o["loop"], r.max_loops, vocabulary_of(TASKS[r.task].tokenizer))
-    cost = [costs[S] for S in range(1, r.max_loops + 1)]
-    weights = [1 / c for c in cost] if o.get("loop-dist") == "flops" else [1] * len(cost)
+    costs = flops_by_loops(r)
+    cost = [costs[S][1] for S in range(1, r.max_loops + 1)]
+    weights = [1 / c for c in cost] if r.options.get("loop-dist") == "flops" else [1] * len(cost)
     return sum(w * c for w, c in zip(weights, cost)) / sum(weights)
 
 
@@ -262,7 +271,7 @@ def train(runs):
     """Trains those that are not finished, the longest first."""
     for r in runs:
         check_identity(r)
-    todo = sorted(dict.fromkeys(r for r in runs if not r.finished()), key=lambda r: -r.budget)
+    todo = {r: r for r in sorted(runs, key=lambda r: -r.budget) if not r.finished()}
     total = sum(r.budget for r in todo)
     each("training", train_one, todo, lambda: sum(r.budget if r.finished() else min(r.flops(), r.budget) for r in todo) / total)
 
@@ -301,6 +310,11 @@ def nelbo(r, loops=None, seed=1, data=None, rows=None):
     return {int(row[0]): row[2] for row in rows_of(table)}
 
 
+def solved(r, *how):
+    """The program's table of how many Sudoku puzzles are solved, the most probable digits first."""
+    return rows_of(ask(r, "eval", "--sudoku", "--data", "build/puzzles10.bin", "--rows", 20 if QUICK else 1000, "--batch", 100, *how))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Results: a CSV file, a table and a figure for each experiment
 
@@ -318,16 +332,24 @@ def save_csv(name, columns, rows):
     os.rename(path + ".tmp", path)
 
 
+def one_part():
+    """The axes of a figure of one part."""
+    return plt.subplots(figsize=(7, 4))[1]
+
+
+def finish(ax, name, **labels):
+    """Saves a figure of one part with these labels: xlabel, ylabel, title."""
+    ax.set(**labels)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend()
+    save_figure(ax.figure, name)
+
+
 def save_figure(figure, name):
     """dev/results/NAME.png, as wide as README shows it; the same bytes from the same numbers."""
     figure.tight_layout()
     figure.savefig(os.path.join(RESULTS, name + ".png"), dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def spread(values, form="{:.4f}"):
@@ -341,6 +363,36 @@ def line(ax, i, what, values, style="-"):
     xs = list(values)
     ax.plot(xs, [mean(values[x]) for x in xs], color=COLORS[i], marker=MARKERS[i], linestyle=style, label=what)
     ax.fill_between(xs, [min(values[x]) for x in xs], [max(values[x]) for x in xs], color=COLORS[i], alpha=0.2, linewidth=0)
+
+
+def show_by_steps(name, title, what, runs, results, reference=None):
+    """
+    CSV file, table and figure of what LINES do with each number of denoising steps, and with the FLOPs that sampling takes.
+
+    runs: {(model, seed): Run}; results: {(model, seed): {(S, steps): value}}; what: the value, with its unit; reference: (what, value), a line in the figure.
+    """
+    all_steps = list(dict.fromkeys(steps for _, steps in results["MDM", 1]))
+    gflop = {(model, S): flops_by_loops(runs[model, 1])[S][0] / 1e9 for model, S in LINES}
+    save_csv(name, ["model", "seed", "loops", "steps", "gflop_per_row", what],
+             [[model, seed, S, steps, steps * gflop[model, S], value] for (model, seed), found in results.items() for (S, steps), value in found.items()])
+    values = {(model, S): {steps: [results[model, seed][S, steps] for seed in SEEDS] for steps in all_steps} for model, S in LINES}
+    form = "{:.1f}" if "%" in what else "{:.3f}"
+    print_table(f"{title}: {what}, by denoising steps; mean (lowest to highest) of {len(SEEDS)} seeds", ["model", "GFLOP per row and step", *all_steps],
+                [[label(*key), f"{gflop[key]:.3g}"] + [spread(values[key][steps], form) for steps in all_steps] for key in LINES])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for i, key in enumerate(LINES):
+        line(axes[0], i, label(*key), values[key])
+        line(axes[1], i, None, {steps * gflop[key]: values[key][steps] for steps in all_steps})
+    if reference:
+        for ax in axes:
+            ax.axhline(reference[1], color="black", linestyle=":", linewidth=1, label=reference[0])
+        print(f"{reference[0]}: {reference[1]:.4f}")
+    log_axis(axes[0], all_steps)
+    axes[0].set(xlabel="denoising steps", ylabel=what)
+    axes[0].legend(fontsize=9)
+    axes[1].set(xlabel="sampling, GFLOP per row", xscale="log")
+    figure.suptitle(title)
+    save_figure(figure, name)
 
 
 def log_axis(ax, ticks, form="{}"):

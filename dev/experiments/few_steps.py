@@ -1,16 +1,18 @@
 """
 5. Few denoising steps: does looping help most where many tokens are filled in at once?
 
-The models of flops.py, with equal training FLOPs. Sudoku: share of puzzles with 16 givens that are solved. Stories: share of templates all of whose blanks are
+The models of flops.py, with equal training FLOPs. Sudoku: share of puzzles with 10 givens that are solved. Stories: share of templates all of whose blanks are
 filled in right (dev/data/stories.c --templates: words that the story has told before), and the NELBO of free samples under a judge, a larger MDM trained on the
 same stories with the task's learning rate. Templates and puzzles are filled in greedily, by confidence; free samples are drawn by the ancestral sampler at temperature 1, with one
-seed. The judge alone does not see whether texts differ; dull ones are cheap.
+seed. The judge alone does not see whether a text goes anywhere: what repeats itself is cheap. So the entropy of each text's words stands beside it.
 """
 import functools
+import math
 import os
 import re
+from collections import Counter
 
-from common import CHOSEN, LINES, QUICK, SEEDS, TASKS, TERA, WORK, ask, each, label, line, log_axis, loopmdm, loops_of, mean, nelbo, numbers, plt, print_table, rows_of, run, save_csv, save_figure, spread, train
+from common import CHOSEN, QUICK, TASKS, TERA, WORK, ask, each, loopmdm, loops_of, mean, nelbo, numbers, run, show_by_steps, solved, tokens_of, train
 from flops import models
 
 BOARD_STEPS, TEMPLATE_STEPS, FREE_STEPS = ((1, 2),) * 3 if QUICK else ((1, 2, 3, 5, 10, 20), (1, 2, 4, 8, 16), (4, 8, 16, 32, 96))
@@ -20,18 +22,13 @@ JUDGE = run("stories", 40 * TERA, loop="0:0", layers=6, channels=128)
 
 def boards(r):
     """{(S, steps): % solved}."""
-    table = ask(r, "eval", "--sudoku", "--data", "build/puzzles.bin", "--rows", 20 if QUICK else 1000, "--batch", 100, "--loops", numbers(loops_of(r)), "--steps", numbers(BOARD_STEPS))
-    return {(int(row[0]), int(row[1])): row[3] for row in rows_of(table)}
+    return {(int(row[0]), int(row[1])): row[3] for row in solved(r, "--loops", numbers(loops_of(r)), "--steps", numbers(BOARD_STEPS))}
 
 
 @functools.lru_cache(maxsize=None)
 def cases():
     """(a file of templates, their answers): the first that are short enough for the model and whose blanks are one token each."""
-    with open(TASKS["stories"].tokenizer, "rb") as file:
-        data, tokens, at = file.read(), set(), 1024
-    while at < len(data):
-        tokens.add(data[at + 1: at + 1 + data[at]].decode("latin-1"))
-        at += 1 + data[at]
+    tokens = {token.decode("latin-1") for token in tokens_of(TASKS["stories"].tokenizer)}
     kept, room = [], TASKS["stories"].options["seq-len"] - 2  # for the end-of-text before and after
     answers = open("build/templates_answers.txt").read().split("\n<|endoftext|>\n")
     for template, answer in zip(open("build/templates.txt").read().splitlines(), answers):
@@ -59,9 +56,15 @@ def templates(r):
     return shares
 
 
+def entropy(text):
+    """Of the frequencies of its words, in nats: low where a text says the same again and again."""
+    counts = Counter(text.split()).values()
+    return -sum(n / sum(counts) * math.log(n / sum(counts)) for n in counts)
+
+
 def free(r):
-    """{(S, steps): NELBO of what the model writes, under the judge}."""
-    losses = {}
+    """{(S, steps): (NELBO of what the model writes, under the judge; mean entropy of the texts)}."""
+    found = {}
     for S in loops_of(r):
         for steps in FREE_STEPS:
             texts = ask(r, "sample", "-n", TEXTS, "--loops", S, "--steps", steps, "--order", "random", "--seed", 7).rstrip("\n").split("\n\n")
@@ -69,41 +72,26 @@ def free(r):
             with open(path + ".txt", "w", encoding="latin-1", newline="") as file:
                 file.write("\n<|endoftext|>\n".join(texts))
             loopmdm("tokenize", "--tokenizer", TASKS["stories"].tokenizer, "--input", path + ".txt", "--output", path + ".bin")
-            losses[S, steps] = nelbo(JUDGE, [1], data=path + ".bin", rows=2048)[1]
-    return losses
-
-
-def show(name, title, what, results, all_steps, reference=None):
-    """CSV file, table and figure of {(model, seed): {(S, steps): value}}; reference: (what, value), a line in the figure."""
-    save_csv(name, ["model", "seed", "loops", "steps", what], [[model, seed, S, steps, value] for (model, seed), values in results.items() for (S, steps), value in values.items()])
-    values = {(model, S): {steps: [results[model, seed][S, steps] for seed in SEEDS] for steps in all_steps} for model, S in LINES}
-    form = "{:.1f}" if "%" in what else "{:.3f}"
-    print_table(f"{title}: {what}, by denoising steps; mean (lowest to highest) of {len(SEEDS)} seeds", ["model", *all_steps],
-                [[label(model, S)] + [spread(values[model, S][steps], form) for steps in all_steps] for model, S in LINES])
-    figure, ax = plt.subplots(figsize=(7, 4))
-    for i, (model, S) in enumerate(LINES):
-        line(ax, i, label(model, S), values[model, S])
-    if reference:
-        ax.axhline(reference[1], color="black", linestyle=":", linewidth=1, label=reference[0])
-        print(f"{reference[0]}: {reference[1]:.4f}")
-    log_axis(ax, all_steps)
-    ax.set(xlabel="denoising steps", ylabel=what, title=title)
-    ax.legend()
-    save_figure(figure, name)
+            found[S, steps] = nelbo(JUDGE, [1], data=path + ".bin", rows=2048)[1], mean(map(entropy, texts))
+    return found
 
 
 def solve():
     solvers = models("sudoku")
-    show("few_steps_sudoku", "Sudoku 6x6, 16 givens, by confidence", "solved, %", dict(zip(solvers, each("solving", boards, solvers.values()))), BOARD_STEPS)
+    show_by_steps("few_steps_sudoku", "Sudoku 6x6, 10 givens, by confidence", "solved, %", solvers, each("solving", boards, solvers))
 
 
 def write():
     writers = models("stories")
     train([JUDGE])
     cases()
-    show("few_steps_templates", "Templates of stories, by confidence", "all blanks right, %", dict(zip(writers, each("filling in", templates, writers.values()))), TEMPLATE_STEPS)
-    show("few_steps_free", "Stories from nothing, ancestral sampling", "NELBO under a judge, nats per token", dict(zip(writers, each("writing", free, writers.values()))), FREE_STEPS,
-         ("held-out stories", nelbo(JUDGE)[1]))
+    show_by_steps("few_steps_templates", "Templates of stories, by confidence", "all blanks right, %", writers, each("filling in", templates, writers))
+    written, title = each("writing", free, writers), "Stories from nothing, ancestral sampling"
+    real = [story.decode() for story in open(TASKS["stories"].held_out.replace(".bin", ".txt"), "rb").read().split(b"<|endoftext|>")]
+    show_by_steps("few_steps_free", title, "NELBO under a judge, nats per token", writers, {key: {at: found[0] for at, found in values.items()} for key, values in written.items()},
+                  ("held-out stories", nelbo(JUDGE)[1]))
+    show_by_steps("few_steps_entropy", title, "entropy of a text's words, nats", writers, {key: {at: found[1] for at, found in values.items()} for key, values in written.items()},
+                  ("held-out stories", mean(map(entropy, filter(str.strip, real)))))
 
 
 if __name__ == "__main__":

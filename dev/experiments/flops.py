@@ -9,7 +9,7 @@ LoopMDM's NELBO is that with as many loops as in training at most, S=4.
 """
 import math
 
-from common import CHOSEN, LINES, MODELS, QUICK, SEEDS, TASKS, TERA, each, label, line, log_axis, mean, mean_flops, nelbo, plt, print_table, run, save_csv, save_figure, spread, train
+from common import CHOSEN, LINES, MODELS, QUICK, SEEDS, TASKS, TERA, each, finish, label, line, log_axis, mean, mean_flops, nelbo, one_part, print_table, run, save_csv, spread, train
 
 RATES = (2e-3,) if QUICK else (1e-3, 2e-3, 4e-3)
 LARGEST = {"sudoku": 12 * TERA, "stories": 12 * TERA, "tinystories": 12 * TERA}  # FLOP
@@ -25,7 +25,7 @@ def tune(task):
     """({(model, learning rate): NELBO}, {model: the best rate})."""
     runs = {(name, rate): run(task, budgets_of(task)[0], lr=rate, **changes) for name, changes in MODELS.items() for rate in RATES}
     train(runs.values())
-    tuned = dict(zip(runs, each("evaluating", lambda r: nelbo(r, seed=2)[r.max_loops], runs.values())))
+    tuned = each("evaluating", lambda r: nelbo(r, seed=2)[r.max_loops], runs)
     return tuned, {name: min(RATES, key=lambda rate: tuned[name, rate]) for name in MODELS}
 
 
@@ -52,7 +52,7 @@ def experiment(task):
     budgets, (tuned, best) = budgets_of(task), tune(task)
     runs = {(name, budget, seed): run(task, budget, seed, lr=best[name], **changes) for name, changes in MODELS.items() for budget in budgets for seed in SEEDS}
     train(runs.values())
-    results = dict(zip(runs, each("evaluating", nelbo, runs.values())))
+    results = each("evaluating", nelbo, runs)
     rows = [["learning rate", name, rate, budgets[0], "", 1, "", "", loss] for (name, rate), loss in tuned.items()]
     rows += [["budget", key[0], best[key[0]], key[1], runs[key].flops(), key[2], runs[key].steps, S, loss] for key, losses in results.items() for S, loss in losses.items()]
     save_csv(f"flops_{task}", ["part", "model", "highest_lr", "budget_flop", "flop", "seed", "steps", "loops", "nelbo"], rows)
@@ -73,16 +73,14 @@ def experiment(task):
         print(f"{task}, {label(name, S)}: NELBO lower than the MDM's by {spread(gains[0])} at equal FLOPs, by {spread(gains[1])} at equal steps; "
               f"reaches the mean of the MDM's last with {', '.join(shares)} of its FLOPs")
 
-    figure, ax = plt.subplots(figsize=(7, 4))
+    ax = one_part()
     for i, (name, S) in enumerate(LINES):
         if S in (1, 4):
             line(ax, i, label(name, S), {b / TERA: values[name, S][b] for b in budgets})
     if floor:
         ax.axhline(floor, color="black", linestyle=":", linewidth=1, label="entropy of the data")
     log_axis(ax, [b / TERA for b in budgets], "{:.1f}")
-    ax.set(xlabel="training, TFLOP", ylabel=f"NELBO, {TASKS[task].unit}", title=f"Loss against training FLOPs, {task}")
-    ax.legend()
-    save_figure(figure, f"flops_{task}")
+    finish(ax, f"flops_{task}", xlabel="training, TFLOP", ylabel=f"NELBO, {TASKS[task].unit}", title=f"Loss against training FLOPs, {task}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 LoopMDM with S drawn from 1 to S_max = 2, 4, 8, 12, all with the same training FLOPs and the learning rate that flops.py chose for S_max = 4, evaluated with
 up to twice as many loops as in training.
 """
-from common import CHOSEN, COLORS, SEEDS, TASKS, TERA, each, line, log_axis, mean, nelbo, plt, print_table, run, save_csv, save_figure, spread, train
+from common import CHOSEN, COLORS, SEEDS, TASKS, TERA, each, finish, line, log_axis, mean, nelbo, one_part, print_table, run, save_csv, spread, train
 from flops import LARGEST, tune
 
 MOST = (2, 4, 8, 12)
@@ -21,21 +21,19 @@ def models(task):
 
 def experiment(task):
     runs = models(task)
-    results = dict(zip(runs, each("evaluating", lambda r: nelbo(r, [S for S in USED if S <= 2 * r.max_loops], rows=4096), runs.values())))
+    results = each("evaluating", lambda r: nelbo(r, [S for S in USED if S <= 2 * r.max_loops], rows=4096), runs)
     save_csv(f"loops_{task}", ["max_loops", "seed", "flop", "steps", "loops", "nelbo"],
              [[most, seed, runs[most, seed].flops(), runs[most, seed].steps, S, loss] for (most, seed), losses in results.items() for S, loss in losses.items()])
     values = {most: {S: [results[most, seed][S] for seed in SEEDS] for S in results[most, 1]} for most in MOST}
     print_table(f"{task}: NELBO, {TASKS[task].unit}, by loops; {LARGEST[task] / TERA:g} TFLOP each, mean (lowest to highest) of {len(SEEDS)} seeds", ["S"] + [f"S_max={most}" for most in MOST],
                 [[S] + [spread(values[most][S]) if S in values[most] else "" for most in MOST] for S in USED])
 
-    figure, ax = plt.subplots(figsize=(7, 4))
+    ax = one_part()
     for i, most in enumerate(MOST):
         line(ax, i, f"trained with 1 to {most}", values[most])
         ax.plot(most, mean(values[most][most]), "o", color=COLORS[i], markersize=11, fillstyle="none")
     log_axis(ax, USED)
-    ax.set(xlabel="loops S when used (circles: as many as in training at most)", ylabel=f"NELBO, {TASKS[task].unit}", title=f"Loops in training and in use, {task}")
-    ax.legend()
-    save_figure(figure, f"loops_{task}")
+    finish(ax, f"loops_{task}", xlabel="loops S when used (circles: as many as in training at most)", ylabel=f"NELBO, {TASKS[task].unit}", title=f"Loops in training and in use, {task}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def by_t(r):
 
 def experiment(task):
     runs = models(task)
-    results = dict(zip(runs, each("evaluating", by_t, runs.values())))
+    results = each("evaluating", by_t, runs)
     save_csv(f"noise_levels_{task}", ["model", "seed", "loops", "t_low", "t_high", "nats_per_masked_token"],
              [[name, seed, S, k / BUCKETS, (k + 1) / BUCKETS, loss] for (name, seed), losses in results.items() for (S, k), loss in losses.items()])
     buckets = [k for k in range(BUCKETS) if (1, k) in results["MDM", 1]]
