@@ -390,7 +390,9 @@ def show_by_steps(name, title, what, runs, results, reference=None):
     log_axis(axes[0], all_steps)
     axes[0].set(xlabel="denoising steps", ylabel=what)
     axes[0].legend(fontsize=9)
-    axes[1].set(xlabel="sampling, GFLOP per row", xscale="log")
+    costs = [steps * cost for steps in all_steps for cost in gflop.values()]
+    log_axis(axes[1], [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if min(costs) < tick < max(costs)])
+    axes[1].set(xlabel="sampling, GFLOP per row")
     figure.suptitle(title)
     save_figure(figure, name)
 

@@ -21,7 +21,7 @@ def models(task):
 
 def experiment(task):
     runs = models(task)
-    results = each("evaluating", lambda r: nelbo(r, [S for S in USED if S <= 2 * r.max_loops], rows=4096), runs)
+    results = each("evaluating", lambda r: nelbo(r, [S for S in USED if S <= 2 * r.max_loops]), runs)
     save_csv(f"loops_{task}", ["max_loops", "seed", "flop", "steps", "loops", "nelbo"],
              [[most, seed, runs[most, seed].flops(), runs[most, seed].steps, S, loss] for (most, seed), losses in results.items() for S, loss in losses.items()])
     values = {most: {S: [results[most, seed][S] for seed in SEEDS] for S in results[most, 1]} for most in MOST}
