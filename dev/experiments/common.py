@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean as mean
 
 import matplotlib
@@ -83,8 +83,9 @@ TASKS = {
     "sudoku": Task("build/sudoku_train.bin", "build/sudoku_val.bin", "build/sudoku_train.tok", 16384, {**SMALL, "fixed-rows": "", "seq-len": 36, "batch": 32, "lr": 2e-3}, "nats per cell", 17.15481 / 36),
     "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok", 4096, {**SMALL, "seq-len": 96, "batch": 4, "lr": 3e-3}),
     "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin", "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64, "batch": 8, "lr": 2e-3}),
-    "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**SMALL, "answers-after": "<|sep|>", "seq-len": 72, "batch": 8, "lr": 2e-3}),
+    "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**SMALL, "fixed-rows": "", "seq-len": 72, "batch": 8, "lr": 2e-3}),
 }
+TASKS["answers"] = replace(TASKS["problems"], options={**SMALL, "answers-after": "<|sep|>", "seq-len": 72, "batch": 8, "lr": 1e-3})
 
 CHOSEN = [task for task in ("sudoku", "stories", "tinystories") if given.task in (None, task) and (task != "tinystories" or not QUICK and os.path.exists(TASKS[task].data))]
 
@@ -181,6 +182,7 @@ class Run:
     budget: float   # FLOP
     seed: int
     changes: tuple  # of (option, value)
+    start: object = None  # the Run whose parameters it begins with
 
     @property
     def options(self):
@@ -188,7 +190,8 @@ class Run:
 
     @property
     def folder(self):
-        words = [self.task] + [f"{name}={value}".replace(":", "-") for name, value in self.changes] + [f"{self.budget / TERA:g}T", f"seed={self.seed}"]
+        words = [os.path.basename(self.start.folder), "then"] if self.start else []
+        words += [self.task] + [f"{name}={value}".replace(":", "-") for name, value in self.changes] + [f"{self.budget / TERA:g}T", f"seed={self.seed}"]
         return os.path.join(WORK, "_".join(words))
 
     @property
@@ -215,11 +218,11 @@ class Run:
         return os.path.exists(os.path.join(self.folder, "done"))
 
 
-def run(task, budget, seed=1, **changes):
+def run(task, budget, seed=1, start=None, **changes):
     """A Run; options are written with _ for -."""
     base = TASKS[task].options
     changes = {name.replace("_", "-"): value for name, value in changes.items()}
-    return Run(task, budget, seed, tuple(sorted((name, value) for name, value in changes.items() if base.get(name) != value)))
+    return Run(task, budget, seed, tuple(sorted((name, value) for name, value in changes.items() if base.get(name) != value)), start)
 
 
 @functools.lru_cache(maxsize=None)
@@ -263,7 +266,11 @@ def train_one(r):
                "--warmup", max(1, r.steps // 20), "--val-every", max(1, r.steps // 10), "--val-rows", 16 if QUICK else 256, "--save-every", 500, "--threads", 1]
     for name, value in {**r.options, "max-loops": r.max_loops}.items():
         command += [f"--{name}"] + ([value] if value != "" else [])
-    loopmdm(*command, *(["--resume"] if os.path.exists(os.path.join(r.folder, "model.bin")) else []))
+    if os.path.exists(os.path.join(r.folder, "model.bin")):
+        command.append("--resume")
+    elif r.start:
+        command += ["--init", r.start.folder]
+    loopmdm(*command)
     open(os.path.join(r.folder, "done"), "w").close()
 
 
