@@ -4,7 +4,7 @@
 LoopMDM trained with up to 8 loops (loops.py), used with up to 12. A row stops when a loop changes its state by less than tau; or, by the second criterion,
 when two loops move it by nearly the same step. Beside it, fixed numbers of loops.
 """
-from common import CHOSEN, COLORS, MARKERS, QUICK, SEEDS, TASKS, ask, each, nelbo, numbers, plt, print_table, rows_of, save_csv, save_figure, solved, spread
+from common import COLORS, MARKERS, QUICK, SEEDS, TASKS, ask, chosen, each, nelbo, numbers, plt, print_table, rows_of, save_csv, save_figure, solved, spread
 from loops import models
 
 TAUS = {"change": (0.5, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08), "second": (0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)}
@@ -51,5 +51,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

@@ -4,7 +4,7 @@
 Problems of one step (dev/data/arithmetic.c --steps 1). As in the paper a model first learns the text, here questions and answers masked alike, and then, as GSM8K there, to answer: the question is
 context, the answer is masked. (With the second part alone, of twice the FLOPs, a model did not even learn to repeat a word of the question.) A problem is right if the number after #### is. Other problems than those of training, greedy, by confidence.
 """
-from common import LINES, MODELS, QUICK, SEEDS, TASKS, TERA, ask, each, label, loops_of, nelbo, numbers, print_table, rows_of, run, save_csv, show_by_steps, spread, train
+from common import LINES, MODELS, QUICK, SEEDS, TASKS, TERA, ask, chosen, each, label, loops_of, nelbo, numbers, print_table, rows_of, run, save_csv, show_by_steps, spread, train
 
 READING, ANSWERING = 24 * TERA, 12 * TERA  # FLOP
 STEPS = (1, 2, 4, 8, 16)
@@ -30,4 +30,5 @@ def experiment():
 
 
 if __name__ == "__main__":
-    experiment()
+    for _ in chosen("problems"):
+        experiment()

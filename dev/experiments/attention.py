@@ -7,7 +7,7 @@ ones, divided by the share that they would get if attention were uniform; where 
 import csv
 import io
 
-from common import CHOSEN, QUICK, SEEDS, TASKS, ask, each, finish, line, one_part, print_table, save_csv, spread
+from common import QUICK, SEEDS, TASKS, ask, chosen, each, finish, line, one_part, print_table, save_csv, spread
 from loops import models
 
 TRAINED, LOOPS = 8, 16
@@ -43,5 +43,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

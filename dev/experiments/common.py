@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean as mean
 
 import matplotlib
@@ -78,16 +78,26 @@ class Task:
 
 
 SMALL = {"layers": 4, "channels": 64, "heads": 4, "loop": "1:3", "max-loops": 4, "weight-decay": 0.01, "clip": 0.5}
+PROBLEMS = {**SMALL, "seq-len": 72, "batch": 8}
 TASKS = {
     # There are 28,200,960 boards of 6x6. 1 % of the held-out ones are among the 300,000 of training
     "sudoku": Task("build/sudoku_train.bin", "build/sudoku_val.bin", "build/sudoku_train.tok", 16384, {**SMALL, "fixed-rows": "", "seq-len": 36, "batch": 32, "lr": 2e-3}, "nats per cell", 17.15481 / 36),
     "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok", 4096, {**SMALL, "seq-len": 96, "batch": 4, "lr": 3e-3}),
     "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin", "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64, "batch": 8, "lr": 2e-3}),
-    "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**SMALL, "fixed-rows": "", "seq-len": 72, "batch": 8, "lr": 2e-3}),
+    "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "fixed-rows": "", "lr": 2e-3}),
+    "answers": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "answers-after": "<|sep|>", "lr": 1e-3}),
 }
-TASKS["answers"] = replace(TASKS["problems"], options={**SMALL, "answers-after": "<|sep|>", "seq-len": 72, "batch": 8, "lr": 1e-3})
 
-CHOSEN = [task for task in ("sudoku", "stories", "tinystories") if given.task in (None, task) and (task != "tinystories" or not QUICK and os.path.exists(TASKS[task].data))]
+
+def chosen(*tasks):
+    """Those of an experiment's tasks that --task leaves; without it all, real text only where it is at hand."""
+    if given.task not in (None, *tasks):
+        parser.error(f"--task: this experiment has {', '.join(tasks)}")
+    ready = [task for task in tasks if task != "tinystories" or not QUICK and os.path.exists(TASKS[task].data)]
+    if given.task and given.task not in ready:
+        raise Failure(f"{given.task} needs {TASKS[given.task].data}, which make experiments TINYSTORIES=FILE writes; and it has no --quick")
+    return [given.task] if given.task else ready
+
 
 # The three models that most experiments compare: a mean step of the last two costs the same
 MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 7}, "LoopMDM": {}}

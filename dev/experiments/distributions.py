@@ -3,7 +3,7 @@
 
 LoopMDM with S up to 4, all four ways with the same training FLOPs and the learning rate that flops.py chose with both uniform.
 """
-from common import CHOSEN, COLORS, LOOPS, SEEDS, TASKS, TERA, each, finish, mean, nelbo, one_part, print_table, run, save_csv, spread, train
+from common import COLORS, LOOPS, SEEDS, TASKS, TERA, chosen, each, finish, mean, nelbo, one_part, print_table, run, save_csv, spread, train
 from flops import USUAL, tune
 
 WAYS = {("uniform", "uniform"): "S uniform, t uniform", ("flops", "uniform"): "S ~ 1/FLOPs, t uniform", ("uniform", "bell"): "S uniform, t bell", ("flops", "bell"): "S ~ 1/FLOPs, t bell"}
@@ -33,5 +33,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 
-from common import CHOSEN, QUICK, TASKS, TERA, WORK, ask, each, loopmdm, loops_of, mean, nelbo, numbers, run, show_by_steps, solved, tokens_of, train
+from common import QUICK, TASKS, TERA, WORK, ask, chosen, each, loopmdm, loops_of, mean, nelbo, numbers, run, show_by_steps, solved, tokens_of, train
 from flops import models
 
 BOARD_STEPS, TEMPLATE_STEPS, FREE_STEPS = ((1, 2),) * 3 if QUICK else ((1, 2, 3, 5, 10, 20), (1, 2, 4, 8, 16), (4, 8, 16, 32, 96))
@@ -88,14 +88,11 @@ def write():
     show_by_steps("few_steps_templates", "Templates of stories, by confidence", "all blanks right, %", writers, each("filling in", templates, writers))
     written, title = each("writing", free, writers), "Stories from nothing, ancestral sampling"
     real = [story.decode() for story in open(TASKS["stories"].held_out.replace(".bin", ".txt"), "rb").read().split(b"<|endoftext|>")]
-    show_by_steps("few_steps_free", title, "NELBO under a judge, nats per token", writers, {key: {at: found[0] for at, found in values.items()} for key, values in written.items()},
-                  ("held-out stories", nelbo(JUDGE)[1]))
-    show_by_steps("few_steps_entropy", title, "entropy of a text's words, nats", writers, {key: {at: found[1] for at, found in values.items()} for key, values in written.items()},
-                  ("held-out stories", mean(map(entropy, filter(str.strip, real)))))
+    of_real = nelbo(JUDGE)[1], mean(map(entropy, filter(str.strip, real)))
+    for k, (name, what) in enumerate((("few_steps_free", "NELBO under a judge, nats per token"), ("few_steps_entropy", "entropy of a text's words, nats"))):
+        show_by_steps(name, title, what, writers, {key: {at: found[k] for at, found in values.items()} for key, values in written.items()}, ("held-out stories", of_real[k]))
 
 
 if __name__ == "__main__":
-    if "sudoku" in CHOSEN:
-        solve()
-    if "stories" in CHOSEN:
-        write()
+    for task in chosen("sudoku", "stories"):
+        {"sudoku": solve, "stories": write}[task]()

@@ -9,7 +9,7 @@ LoopMDM's NELBO is that with as many loops as in training at most, S=4.
 """
 import math
 
-from common import CHOSEN, LINES, MODELS, QUICK, SEEDS, TASKS, TERA, each, finish, label, line, log_axis, mean, mean_flops, nelbo, one_part, print_table, run, save_csv, spread, train
+from common import LINES, MODELS, QUICK, SEEDS, TASKS, TERA, chosen, each, finish, label, line, log_axis, mean, mean_flops, nelbo, one_part, print_table, run, save_csv, spread, train
 
 RATES = (2e-3,) if QUICK else (1e-3, 2e-3, 4e-3)
 USUAL = 12 * TERA  # FLOP
@@ -85,5 +85,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

@@ -4,7 +4,7 @@
 LoopMDM with S drawn from 1 to S_max = 2, 4, 8, 12, all with the same training FLOPs and the learning rate that flops.py chose for S_max = 4, evaluated with
 up to twice as many loops as in training.
 """
-from common import CHOSEN, COLORS, SEEDS, TASKS, TERA, each, finish, line, log_axis, mean, nelbo, one_part, print_table, run, save_csv, spread, train
+from common import COLORS, SEEDS, TASKS, TERA, chosen, each, finish, line, log_axis, mean, nelbo, one_part, print_table, run, save_csv, spread, train
 from flops import USUAL, tune
 
 MOST = (2, 4, 8, 12)
@@ -37,5 +37,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

@@ -6,7 +6,7 @@ The models are those of flops.py. The NELBO is the mean over t of this loss.
 import csv
 import io
 
-from common import CHOSEN, LINES, LOOPS, QUICK, SEEDS, TASKS, ask, each, label, line, loops_of, mean, numbers, plt, print_table, save_csv, save_figure
+from common import LINES, LOOPS, QUICK, SEEDS, TASKS, ask, chosen, each, label, line, loops_of, mean, numbers, plt, print_table, save_csv, save_figure
 from flops import models
 
 BUCKETS = 10
@@ -41,5 +41,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in CHOSEN:
+    for task in chosen("sudoku", "stories", "tinystories"):
         experiment(task)

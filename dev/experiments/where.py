@@ -4,7 +4,7 @@
 LoopMDM with loops over layers 0-1, 1-2, .., 4-5 (S up to 4, nine passes in the mean), over all six (S up to 2, nine passes too), and an MDM (six),
 all with the same training FLOPs and the task's learning rate.
 """
-from common import CHOSEN, COLORS, LOOPS, SEEDS, TASKS, TERA, each, finish, mean, nelbo, one_part, print_table, run, save_csv, spread, train
+from common import COLORS, LOOPS, SEEDS, TASKS, TERA, chosen, each, finish, mean, nelbo, one_part, print_table, run, save_csv, spread, train
 
 BUDGET, LAYERS = 12 * TERA, 6  # FLOP
 PLACES = {f"{a}:{a + 2}": 4 for a in range(LAYERS - 1)} | {f"0:{LAYERS}": 2, "0:0": 1}  # --loop: S_max
@@ -36,5 +36,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    if "sudoku" in CHOSEN:
-        experiment("sudoku")
+    for task in chosen("sudoku"):
+        experiment(task)
