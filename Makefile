@@ -2,7 +2,7 @@
 # make train    builds, writes stories, trains, evaluates, samples: 3 to 4 minutes on 2 cores, cc and make alone
 # make check    checks the C program against the reference files in the repository: cc alone
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
-# make experiments  what looping gains, with tables and plots (dev/experiments): hours; QUICK=1 shows in two minutes that they work; TINYSTORIES=FILE adds real text
+# make experiments  what looping gains, with tables and plots (dev/experiments): hours; QUICK=1 shows in a minute that they work; TINYSTORIES=FILE adds real text
 # make bench    speed and memory beside PyTorch: an hour and more (dev/bench)
 # make clean    removes what was built, the trained model too
 #
