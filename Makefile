@@ -180,7 +180,7 @@ build/tinystories/train.bin: $(TINYSTORIES) | .venv/ready
 	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab 512 --out build/tinystories
 
 build/problems1_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
-	build/arithmetic --steps 1 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
+	build/arithmetic --steps 1 --largest 20 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
 	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 --input build/problems1_$*.txt --output $@
 
 clean:

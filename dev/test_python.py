@@ -122,6 +122,9 @@ def check_arithmetic():
     for steps in range(1, 5):
         some = run(program, "--seed", "2", "--count", "500", "--steps", str(steps)).split("<|endoftext|>\n")[:-1]
         check(f"arithmetic: 500 problems of {steps} steps, that are wrong", sum(wrong_steps(problem.split("<|sep|>")[1].strip(), steps, steps) for problem in some) + abs(len(some) - 500))
+    small = run(program, "--count", "500", "--largest", "20")
+    check("arithmetic: 500 problems with numbers up to 20, largest number", max(map(int, re.findall(r"\d+", small))) - 20)
+    check("arithmetic: those, wrong", sum(wrong_steps(problem.split("<|sep|>")[1].strip()) for problem in small.split("<|endoftext|>\n")[:-1]) + abs(small.count("####") - 500))
     check(f"arithmetic: of {n} problems, not distinct", n - len({question for question, _ in problems}), 10)
     known = {question for question, _ in problems}
     check("arithmetic: questions of one seed that another has too", sum(p.strip().split("<|sep|>")[0] in known for p in other.split("<|endoftext|>")), 10)

@@ -25,7 +25,7 @@
  * told, and the worked steps are those the answer
  * needs, each after what it needs itself, the left number first, so that the question says their
  * order too. The rest of the story only distracts. A story is thrown away, and another made,
- * unless all divisions are exact, all numbers from 2 to 999, the words not too many, and the steps
+ * unless all divisions are exact, all numbers from 2 to 999 or --largest, the words not too many, and the steps
  * as many as were drawn for this problem: 2, 3 or 4, as often each, or as --steps says.
  */
 #define PROGRAM "arithmetic"
@@ -80,6 +80,7 @@ typedef struct { int about; char text[MAX_TEXT]; } Sentence; // about: who has w
 
 typedef struct {
     Random random;    // its key is this problem's
+    int largest;      // no number may be more
     int valid;        // so far, all numbers have been possible
     Number numbers[MAX_NUMBERS];
     Sentence sentences[MAX_SENTENCES];
@@ -108,12 +109,12 @@ static void choose_word(Problem *p, char *word, const char *list) {
 
 static int add_number(Problem *p, int value, int left, char op, int right, const char *unit) {
     if (p->num_numbers == MAX_NUMBERS) die(1, "a problem has too many numbers; make MAX_NUMBERS larger");
-    if (value < 2 || value > 999) p->valid = 0;
+    if (value < 2 || value > p->largest) p->valid = 0;
     p->numbers[p->num_numbers] = (Number){value, left, right, op, unit};
     return p->num_numbers++;
 }
 
-static int told(Problem *p, int low, int high) { return add_number(p, draw(p, low, high), 0, 0, 0, ""); }
+static int told(Problem *p, int low, int high) { return add_number(p, draw(p, low, high < p->largest ? high : p->largest), 0, 0, 0, ""); }
 
 static int compute(Problem *p, int left, char op, int right, const char *unit) {
     int a = p->numbers[left].value, b = p->numbers[right].value;
@@ -243,8 +244,8 @@ static int work_out(const Problem *p, int number, int *steps, int count) {
     return count + 1;
 }
 
-static void write_problem(FILE *out, uint64_t seed, uint64_t index, int only_steps, int jsonl) {
-    Problem p = {.random = {hash(hash(0, seed), index), 0}};
+static void write_problem(FILE *out, uint64_t seed, uint64_t index, int only_steps, int largest, int jsonl) {
+    Problem p = {.random = {hash(hash(0, seed), index), 0}, .largest = largest};
     int num_steps = only_steps ? only_steps : draw(&p, 2, 4), steps[MAX_NUMBERS], answer;
     do {
         p.num_numbers = p.num_sentences = p.num_words = 0;
@@ -281,18 +282,19 @@ static void write_problem(FILE *out, uint64_t seed, uint64_t index, int only_ste
 // The command line
 
 static const char usage[] =
-    "usage: arithmetic [--seed N] [--count N] [--steps N] [--jsonl] [--output FILE]\n"
+    "usage: arithmetic [--seed N] [--count N] [--steps N] [--largest N] [--jsonl] [--output FILE]\n"
     "Writes word problems, each as question<|sep|>worked steps, a line #### answer, and <|endoftext|>.\n"
     "  --seed N       which problems to write, 0 to 2^64-1 (default 1)\n"
     "  --count N      how many, at least 1 (default 1000)\n"
     "  --steps N      only problems of N steps, 1 to 4 (default: of 2, 3 and 4)\n"
+    "  --largest N    no number above N, 20 to 999 (default 999)\n"
     "  --jsonl        write lines {\"question\": \"...\", \"answer\": \"...\"} instead, as GSM8K's files\n"
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
 int main(int argc, char **argv) {
     uint64_t seed = 1, count = 1000;
-    int steps = 0, jsonl = 0;
+    int steps = 0, largest = 999, jsonl = 0;
     static Output out;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
@@ -304,12 +306,13 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
         else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
         else if (!strcmp(argv[i], "--steps")) steps = (int)whole_number("--steps", next_value(argv, &i), 1, 4);
+        else if (!strcmp(argv[i], "--largest")) largest = (int)whole_number("--largest", next_value(argv, &i), 20, 999);
         else if (!strcmp(argv[i], "--jsonl")) jsonl = 1;
         else die(2, "unknown option '%s'; try --help", argv[i]);
     }
 
     start(&out);
-    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_problem(out.file, seed, i, steps, jsonl);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_problem(out.file, seed, i, steps, largest, jsonl);
     finish(&out);
     commit(&out);
     return 0;

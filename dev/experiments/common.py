@@ -85,7 +85,7 @@ TASKS = {
     "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok", 4096, {**SMALL, "seq-len": 96, "batch": 4, "lr": 3e-3}),
     "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin", "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64, "batch": 8, "lr": 2e-3}),
     "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "fixed-rows": "", "lr": 2e-3}),
-    "answers": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "answers-after": "<|sep|>", "lr": 1e-3}),
+    "answers": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "answers-after": "<|sep|>", "lr": 2e-3}),
 }
 
 
