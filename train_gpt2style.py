@@ -40,7 +40,7 @@ class Config:
     max_loops: int     # S_max
 
 
-PRESETS = {"d2": (32, 2, 2, 32, 1, 2, 4), "nano": (128, 6, 4, 128, 1, 3, 8), "d6": (256, 6, 6, 288, 1, 3, 8), "d12": (1024, 12, 12, 768, 1, 3, 8)}
+PRESETS = {"d2": (32, 2, 2, 32, 1, 2, 4), "nano": (128, 6, 4, 128, 1, 3, 4), "d6": (256, 6, 6, 288, 1, 3, 4), "d12": (1024, 12, 12, 768, 1, 3, 8)}
 
 
 def make_config(T, V, L, NH, C, a, b, S):
@@ -121,7 +121,7 @@ def init_parameters(c, seed):
         if name in ("ln1w", "ln2w", "lnfw"):
             params[name] = torch.ones(shape)
             continue
-        std = {"wte": 0.02, "wpe": 0.0, "qkvb": 1.0}.get(name, 0.8 / math.sqrt(c.channels) if is_matrix(name) else 0.0)
+        std = {"wte": 2.0 / math.sqrt(c.channels), "wpe": 0.0, "qkvb": 1.0}.get(name, 0.8 / math.sqrt(c.channels) if is_matrix(name) else 0.0)
         values = std * math.sqrt(12.0) * (random_uniform(seed, STREAM_INIT, i, np.arange(math.prod(shape))) - 0.5)
         params[name] = torch.from_numpy(values.astype(np.float32).reshape(shape))
         if name == "wte":
