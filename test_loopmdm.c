@@ -320,7 +320,7 @@ static void check_reference(const char *path, const char *folder) {
             drawn_error += g.S != drawn[step] || g.T != (k ? ints(&d, "train2_length")[step] : c.max_seq_len);
         }
         check("loops and lengths drawn, that differ", drawn_error, 0, "%s%s", name, k ? " bell, shorter" : "");
-        check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, 5 * BF16_LOSS), "%s%s", name, k ? " bell, shorter" : "");
+        check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, (k ? 20 : 5) * BF16_LOSS), "%s%s", name, k ? " bell, shorter" : ""); // shorter rows average out less of bf16's rounding
         check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s%s", name, k ? " bell, shorter" : "");
         if (k) tensors_read(params, &trained.ema), check("average of parameters, relative", relative_norm(params, floats(&d, "train2_ema", 0), m.params.total), TOLERANCE(1e-4, 1e-2), "%s", name);
         model_free(&trained);
