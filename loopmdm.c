@@ -225,8 +225,8 @@ HOST_DEVICE static inline double random_uniform(uint64_t seed, uint64_t stream, 
 // A layer adds about 0.85 to each channel, and what a token is must be heard beside that. From GPT-2's 0.02 it is not: words that
 // stand in the same places, such as names, become one vector before any head has learned to copy them (dev/experiments).
 // A masked model must first learn to look at its neighbours, and until then it knows no more than how frequent each token is.
-// Rotary positions turn a bias of q and k into a preference for certain distances, so each head begins with its own; whether
-// that gets it off this plateau sooner depends on the seed (dev/experiments). wpe starts at zero so as not to hide the words.
+// Rotary positions turn a bias of q and k into a preference for certain distances, so each head begins with its own, and the
+// loss falls sooner (dev/experiments). wpe starts at zero so as not to hide the words.
 static void init_parameters(float *params, Config c, uint64_t seed) { // params (total)
     Shape s[NUM_TENSORS];
     Tensors t;

@@ -28,8 +28,9 @@ static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from,
 // What goes into matrix products has 24 significant bits in fp32, 8 in bf16, where rounding changes a number by 2^-8 at most, and by
 // e = 2^-8/2.4 = 1.6e-3 in the root of the mean square. A branch of a pass has six roundings one after the other (LayerNorm, weights, qkv,
 // rotary, probabilities, output; or LayerNorm, weights, GELU, weights): sqrt(6) e = 4e-3 of what it adds to the residual stream. Sums of
-// independent errors keep that share; three times as much is allowed. The loss is a mean over 50 rows and more. A gradient goes through
-// forward and backward of up to P = 10 passes: sqrt(2 P) 4e-3, and twice as much is allowed.
+// independent errors keep that share; three times as much is allowed. The loss is a mean over 50 rows and more; with bell-shaped t one
+// of them may outweigh the others, so that it is in effect a mean over 2 or 3, and four times as much is allowed. A gradient goes
+// through forward and backward of up to P = 10 passes: sqrt(2 P) 4e-3, and twice as much is allowed.
 #define TOLERANCE(fp32, bf16) (BF16 ? (bf16) : (fp32))
 #define BF16_HIDDEN 1.2e-2
 #define BF16_LOSS 2e-3
@@ -315,12 +316,12 @@ static void check_reference(const char *path, const char *folder) {
             Gradient g = train_gradient(&trained, &data, recipe, step);
             o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
             model_update(&trained, o, g.norm, step + 1);
-            loss_error = worse(loss_error, fabs(g.loss - loss[step]) / fmax(1, k ? loss[step] / 5 : 1)); // a row of one token may weigh much
+            loss_error = worse(loss_error, fabs(g.loss - loss[step]) / fmax(1, loss[step]));
             norm_error = worse(norm_error, fabs(g.norm / norm[step] - 1));
             drawn_error += g.S != drawn[step] || g.T != (k ? ints(&d, "train2_length")[step] : c.max_seq_len);
         }
         check("loops and lengths drawn, that differ", drawn_error, 0, "%s%s", name, k ? " bell, shorter" : "");
-        check("losses of 10 AdamW steps", loss_error, TOLERANCE(1e-4, (k ? 20 : 5) * BF16_LOSS), "%s%s", name, k ? " bell, shorter" : ""); // shorter rows average out less of bf16's rounding
+        check("losses of 10 AdamW steps, relative", loss_error, TOLERANCE(2e-5, (k ? 4 : 1) * BF16_LOSS), "%s%s", name, k ? " bell, shorter" : "");
         check("gradient norms of 10 steps, relative", norm_error, TOLERANCE(1e-4, BF16_GRADIENT), "%s%s", name, k ? " bell, shorter" : "");
         if (k) tensors_read(params, &trained.ema), check("average of parameters, relative", relative_norm(params, floats(&d, "train2_ema", 0), m.params.total), TOLERANCE(1e-4, 1e-2), "%s", name);
         model_free(&trained);

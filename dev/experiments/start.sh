@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How should the parameters start? Trains the model of `make train` for 2000 steps with three seeds: as loopmdm.c starts it; with wte from
 # GPT-2's standard deviation 0.02; and with the biases of q and k from 0, so that no head begins with a preference for certain distances.
-# Writes dev/results/start.csv: start, seed, step, validation NELBO (nats per token) at S = 1, 2 and 4. About 8 minutes on 2 cores.
+# Writes dev/results/start.csv: start, seed, step, validation NELBO (nats per token) at S = 1, 2 and 4. About 6 minutes on 2 cores.
 #
 #     make build/stories_train.bin build/stories_val.bin && bash dev/experiments/start.sh
 set -euo pipefail
