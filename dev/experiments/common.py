@@ -414,10 +414,10 @@ def show_by_steps(name, title, what, runs, results, reference=None):
     save_figure(figure, name)
 
 
-def log_axis(ax, ticks, form="{}"):
-    """A logarithmic x axis with these ticks alone."""
-    ax.set_xscale("log")
-    ax.set_xticks(list(ticks), [form.format(x) for x in ticks])
+def log_axis(ax, ticks, form="{}", which="x"):
+    """A logarithmic axis with these ticks alone."""
+    ax.set(**{f"{which}scale": "log"})
+    getattr(ax, f"set_{which}ticks")(list(ticks), [form.format(x) for x in ticks])
     ax.minorticks_off()
 
 

@@ -81,6 +81,9 @@ def experiment(task):
     if floor:
         ax.axhline(floor, color="black", linestyle=":", linewidth=1, label="entropy of the data")
     log_axis(ax, [b / TERA for b in budgets], "{:.1f}")
+    low, high = ax.get_ylim()
+    if high > 2 * low:
+        log_axis(ax, [tick for tick in (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 3, 4, 6) if low < tick < high], which="y")
     finish(ax, f"flops_{task}", xlabel="training, TFLOP", ylabel=f"NELBO, {TASKS[task].unit}", title=f"Loss against training FLOPs, {task}")
 
 
