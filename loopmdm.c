@@ -131,7 +131,7 @@ static int layer_of_pass(Config c, int S, int p) {
     return p - (S - 1) * n;                    // tail
 }
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay, clip, ema; } AdamW; // the optimizer's settings; ema: what the average keeps
+typedef struct { double lr, wte_lr, beta1, beta2, eps, weight_decay, clip, ema; } AdamW; // the optimizer's settings; wte_lr: a share of lr; ema: what the average keeps
 
 // Why a configuration cannot be built, or NULL if it can.
 static const char *config_error(Config c) {
@@ -1174,15 +1174,18 @@ static double gradient_norm(const Model *m) {
 }
 
 // Step number step (from 1) with the gradients in m->grads, whose norm is given; clears them. Weights decay towards zero
-// apart from the gradient, and only matrices do: biases and LayerNorm's gains are not what overfits.
+// apart from the gradient, and only matrices do: biases and LayerNorm's gains are not what overfits. Embeddings may learn more
+// slowly than the rest. A step of Adam is as long for a rare word as for others, and its gradient is mostly noise; words that stand in
+// the same places, such as names, lose what tells them apart before the layers have learned to carry it from one place to another.
 static void model_update(Model *m, AdamW o, double norm, int step) {
     Shape s[NUM_TENSORS];
     tensor_shapes(m->config, s);
     float scale = (float)fmin(1, o.clip / (norm + 1e-6)), b1 = (float)o.beta1, b2 = (float)o.beta2, eps = (float)o.eps;
     float ema = (float)fmin(o.ema, (1.0 + step) / (10 + step)); // the first averages keep less, or the random start would stay in them for long
-    float step_size = (float)(o.lr / (1 - pow(o.beta1, step))), correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
+    float correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
     for (int t = 0; t < NUM_TENSORS; t++) {
-        float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
+        double lr = o.lr * (t == WTE ? o.wte_lr : 1);
+        float keep = (float)(1 - (s[t].in ? lr * o.weight_decay : 0)), step_size = (float)(lr / (1 - pow(o.beta1, step)));
         float *p = m->params.tensor[t], *grad = m->grads.tensor[t], *m1 = m->moment1.tensor[t], *m2 = m->moment2.tensor[t];
         OMP(omp parallel for simd if (parallel : WORTH(m->params.size[t])))
         for (size_t i = 0; i < m->params.size[t]; i++) {
@@ -1851,7 +1854,7 @@ static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1,
 static int opt_steps = 2000, opt_batch = 16, opt_accum = 1, opt_warmup = 100, opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256;
 static int opt_resume, opt_recompute, opt_rows = 1024, opt_length = -1, opt_n = 1, opt_watch, opt_show_loops, opt_threads;
 static int opt_fixed_rows, opt_raw, opt_sudoku, opt_exact_match, opt_top_k, opt_block, opt_rows_of, opt_buckets = 10;
-static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1, opt_top_p = 1, opt_threshold = 0.9, opt_remask, opt_ema, opt_var_length, opt_eval_temperature;
+static double opt_lr = 2e-3, opt_wte_lr = 1, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_temperature = 1, opt_top_p = 1, opt_threshold = 0.9, opt_remask, opt_ema, opt_var_length, opt_eval_temperature;
 static uint64_t opt_seed = 1;
 
 static const struct { const char *name; int commands; char type; void *value; double least; const char *argument, *help; } options[] = {
@@ -1884,6 +1887,7 @@ static const struct { const char *name; int commands; char type; void *value; do
     {"accum", TRAIN, 'i', &opt_accum, 1, "N", "batches whose gradients are added up for one step"},
     {"recompute", TRAIN, 'b', &opt_recompute, 0, "", "keep only each pass's input for backward and compute the rest again: less memory, more time"},
     {"lr", TRAIN, 'f', &opt_lr, 0, "RATE", "highest learning rate"},
+    {"wte-lr", TRAIN, 'f', &opt_wte_lr, 0, "SHARE", "learning rate of the embeddings, as a share of the others'"},
     {"floor", TRAIN, 'f', &opt_floor, 0, "SHARE", "where the learning rate ends, as a share of the highest"},
     {"warmup", TRAIN, 'i', &opt_warmup, 0, "N", "steps over which the learning rate rises"},
     {"weight-decay", TRAIN, 'f', &opt_weight_decay, 0, "RATE", "AdamW's weight decay, on matrices only"},
@@ -2247,7 +2251,7 @@ static void train(void) {
         double step_began = seconds();
         Gradient g = train_gradient(&m, &data, recipe, p.step);
         if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(p.step + 1, g.loss, g.norm, saved);
-        AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip, opt_ema};
+        AdamW adamw = {learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, p.step), opt_wte_lr, 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip, opt_ema};
         if (p.step == begin && opt_resume) saved = begin; // it has proved to be good
         model_update(&m, adamw, g.norm, ++p.step);
         p.flops += training_flops(c, g.T, g.S, g.masked / ((double)rows * g.T), opt_recompute) * rows * g.T;

@@ -1367,10 +1367,10 @@ __global__ void adamw_kernel(float *p, floatX *px, float *grad, float *m1, float
 static void model_update(Model *m, AdamW o, double norm, int step) {
     Shape s[NUM_TENSORS];
     tensor_shapes(m->config, s);
-    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), step_size = (float)(o.lr / (1 - pow(o.beta1, step))), correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
-    float ema = (float)fmin(o.ema, (1.0 + step) / (10 + step));
+    float scale = (float)fmin(1, o.clip / (norm + 1e-6)), correct = (float)(1 / sqrt(1 - pow(o.beta2, step))), ema = (float)fmin(o.ema, (1.0 + step) / (10 + step));
     for (int t = 0; t < NUM_TENSORS; t++) {
-        float keep = (float)(1 - (s[t].in ? o.lr * o.weight_decay : 0));
+        double lr = o.lr * (t == WTE ? o.wte_lr : 1);
+        float keep = (float)(1 - (s[t].in ? lr * o.weight_decay : 0)), step_size = (float)(lr / (1 - pow(o.beta1, step)));
         size_t n = m->params.size[t], at = m->params.tensor[t] - m->params.data;
         adamw_kernel<<<blocks(n, THREADS), THREADS>>>(m->params.tensor[t], m->paramsx + at, m->grads.tensor[t], m->moment1.tensor[t], m->moment2.tensor[t], m->ema.tensor[t], n,
                                                       scale, (float)o.beta1, (float)o.beta2, keep, step_size, correct, (float)o.eps, ema);

@@ -293,12 +293,12 @@ class LoopMDM(torch.nn.Module):
 # 4. Optimizer
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW with loopmdm's betas and epsilon; weight decay on matrices only."""
-    decays = {True: [], False: []}
+def make_optimizer(model, lr, weight_decay, wte_lr=1.0):
+    """AdamW with loopmdm's betas and epsilon; weight decay on matrices only. wte_lr: the embeddings' learning rate, as a share of lr."""
+    groups = {}
     for name, p in model.named_parameters():
-        decays[is_matrix(name)].append(p)
-    groups = [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
+        groups.setdefault((wte_lr if name == "wte" else 1.0, weight_decay if is_matrix(name) else 0.0), []).append(p)
+    groups = [{"params": params, "lr": lr * share, "share": share, "weight_decay": decay} for (share, decay), params in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -337,7 +337,7 @@ def train_step(model, loss_function, optimizer, shards, seed, step, batch, accum
     for p in model.parameters():
         p.grad *= min(1.0, clip / (norm + 1e-6))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, S, mean_t, norm, masked, T
@@ -767,8 +767,8 @@ def dump(path, c, seed, B, T, loops):
     out["train_loops"] = np.array([s[1] for s in losses])
     out["train_norm"] = np.array([s[3] for s in losses], np.float32)
 
-    model, ema, losses = LoopMDM(c, params), LoopMDM(c, params), []  # the same again, with bell, var_length and EMA
-    optimizer, draws = make_optimizer(model, 1e-3, 0.1), Draws("bell", var_length=0.5)
+    model, ema, losses = LoopMDM(c, params), LoopMDM(c, params), []  # the same again, with bell, var_length, EMA and slower embeddings
+    optimizer, draws = make_optimizer(model, 1e-3, 0.1, 0.3), Draws("bell", var_length=0.5)
     for step in range(10):
         losses.append(train_step(model, model.loss, optimizer, shards, seed, step, B, 2, "uniform", learning_rate(1e-3, 0.1, 3, 10, step), 1.0, draws))
         update_ema(ema, model, 0.4, step + 1)
@@ -842,7 +842,7 @@ def train(o):
         ema = LoopMDM(c, params) if o.ema else None
         if o.tokenizer:
             shutil.copyfile(o.tokenizer, os.path.join(o.out, "tokenizer.bin"))
-    optimizer = make_optimizer(model, o.lr, o.weight_decay)
+    optimizer = make_optimizer(model, o.lr, o.weight_decay, o.wte_lr)
     if o.resume:
         flops, rows, seed = checkpoint_resume(model, optimizer, o.out)
         if (rows, seed) != (o.batch * o.accum, o.seed):
@@ -892,7 +892,7 @@ def main():
     p.add_argument("--loop-dist", default="uniform", choices=["uniform", "fixed", "flops"], help="how a step's loops are drawn")
     for name, default in (("steps", 2000), ("batch", 16), ("accum", 1), ("warmup", 100), ("save-every", 500), ("val-every", 500), ("val-rows", 256), ("seed", 1)):
         p.add_argument(f"--{name}", type=int, default=default, help="as in loopmdm train")
-    for name, default in (("lr", 2e-3), ("floor", 0.1), ("weight-decay", 0.1), ("clip", 1.0), ("var-length", 0.0), ("ema", 0.0)):
+    for name, default in (("lr", 2e-3), ("wte-lr", 1.0), ("floor", 0.1), ("weight-decay", 0.1), ("clip", 1.0), ("var-length", 0.0), ("ema", 0.0)):
         p.add_argument(f"--{name}", type=float, default=default, help="as in loopmdm train")
     p.add_argument("--time", default="uniform", choices=["uniform", "bell"], help="how noise levels are drawn")
     p.add_argument("--answers-after", help="a token's text: rows up to and with it are context; they begin at multiples of --seq-len")

@@ -353,7 +353,7 @@ def column(folder, name):
 def check_training(data):
     """Checkpoints to and fro, and 200 steps in C and in PyTorch from the same seed."""
     model = ["--data", os.path.join(data, "train.bin"), "--tokenizer", os.path.join(data, "tokenizer.bin"), "--layers", "4", "--channels", "64",
-             "--heads", "4", "--seq-len", "64", "--loop", "1:3", "--max-loops", "4", "--batch", "8"]
+             "--heads", "4", "--seq-len", "64", "--loop", "1:3", "--max-loops", "4", "--batch", "8", "--wte-lr", "0.3"]
     python = [sys.executable, "train_gpt2style.py", "train", *model]
     c, p, back = (os.path.join(OUT, f) for f in ("c", "pytorch", "back"))
     for folder in (c, p, back):

@@ -153,7 +153,7 @@ HOOK int main(int argc, char **argv) {
     Shard shard = {tokens, 1 << 20};
     Data data = {&shard, 1, 1 << 20, 1, -1};
     Recipe recipe = {LOOPS_FIXED, TIME_UNIFORM, 0, 1, B, B};
-    AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
+    AdamW adamw = {1e-3, 1, 0.9, 0.95, 1e-8, 0.1, 1, 0};
     double step_seconds = 0, best = 1e9, masked = 0, peak = bench_peak(0.3);
     for (int step = 0; step <= steps; step++) { // the first touches the memory and does not count
         if (step == 1) memset(kind_seconds, 0, sizeof kind_seconds), memset(kind_calls, 0, sizeof kind_calls);
