@@ -160,11 +160,15 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite --loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
 
 # dev/experiments: does looping pay? In order; each goes on where it was interrupted. QUICK=1 shows that each works.
-EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions
-EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions copying
+EXPERIMENT_DATA = build/story_rows_train.bin build/story_rows_val.bin build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	$(if $(TINYSTORIES),build/tinystories/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py $(if $(filter 1,$(QUICK)),--quick) || exit 1; done
+
+build/story_rows_%.bin: build/stories $(TOKENIZER) | loopmdm
+	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,4200) --output build/story_rows_$*.txt
+	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 --input build/story_rows_$*.txt --output $@
 
 build/sudoku_%.bin: build/sudoku
 	build/sudoku --size 6 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),300000,16384) --output $@ --tokenizer build/sudoku_$*.tok

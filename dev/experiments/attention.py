@@ -43,5 +43,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in chosen("sudoku", "stories", "tinystories"):
+    for task in chosen("sudoku", "tinystories"):
         experiment(task)

@@ -2,11 +2,12 @@
 5. Few denoising steps: does looping help most where many tokens are filled in at once?
 
 The models of flops.py, with equal training FLOPs. Sudoku: share of puzzles with 10 givens that are solved. Stories: share of templates all of whose blanks are
-filled in right (dev/data/stories.c --templates: words that the story has told before), and the NELBO of free samples under a judge, a larger MDM trained on the
+filled in right, and of blanks (dev/data/stories.c --templates: words that the story has told before); and the NELBO of free samples under a judge, a larger MDM trained on the
 same stories with the task's learning rate. Templates and puzzles are filled in greedily, by confidence; free samples are drawn by the ancestral sampler at temperature 1, with one
 seed. The judge alone does not see whether a text goes anywhere: what repeats itself is cheap. So the entropy of each text's words stands beside it.
 """
 import functools
+import itertools
 import math
 import os
 import re
@@ -25,34 +26,58 @@ def boards(r):
     return {(int(row[0]), int(row[1])): row[3] for row in solved(r, "--loops", numbers(loops_of(r)), "--steps", numbers(BOARD_STEPS))}
 
 
+def words_in_blanks(template, text):
+    """What a text has in the blanks of its template; nothing if it is not of that template."""
+    found = re.fullmatch("( ?[^ ]+?)".join(map(re.escape, re.split(" ?____", template))), text)
+    return found.groups() if found else ()
+
+
+def fits(story):
+    """Whether a row has room for it and an end-of-text before and after."""
+    return int(loopmdm("tokenize", "--tokenizer", TASKS["stories"].tokenizer, "--text", story).split("\n")[-2].split()[0]) <= TASKS["stories"].options["seq-len"] - 2
+
+
+def write_templates(name, templates):
+    """The path of a new file of them, as --fill-file takes it."""
+    path = os.path.join(WORK, name)
+    with open(path, "w") as file:
+        file.writelines(template + "<|endoftext|>\n" for template in templates)
+    return path
+
+
+def fill_in(r, path, S, steps):
+    """What a model makes of the templates of a file: for each the text, greedily."""
+    how = ["--loops", S, "--steps", steps, "--temperature", 0]
+    asked = open(path).read().splitlines()
+    texts = ask(r, "sample", "--fill-file", path, *how).rstrip("\n").split("\n\n")
+    if len(texts) != len(asked):  # the model has written an empty line, which is between texts otherwise
+        texts = [loopmdm("sample", "--model", r.folder, "--fill", template, *how).rstrip("\n") for template in asked]
+    return texts
+
+
 @functools.lru_cache(maxsize=None)
 def cases():
-    """(a file of templates, their answers): the first that are short enough for the model and whose blanks are one token each."""
-    tokens = {token.decode("latin-1") for token in tokens_of(TASKS["stories"].tokenizer)}
-    kept, room = [], TASKS["stories"].options["seq-len"] - 2  # for the end-of-text before and after
+    """(templates, their answers, a file of the first): those that are short enough for the model and whose blanks are one token each."""
+    tokens, kept = {token.decode("latin-1") for token in tokens_of(TASKS["stories"].tokenizer)}, []
     answers = open("build/templates_answers.txt").read().split("\n<|endoftext|>\n")
     for template, answer in zip(open("build/templates.txt").read().splitlines(), answers):
-        blanks = re.fullmatch("( ?[^ ]+?)".join(map(re.escape, re.split(" ?____", template))), answer).groups()
-        if all(blank in tokens for blank in blanks) and int(loopmdm("tokenize", "--tokenizer", TASKS["stories"].tokenizer, "--text", answer).split("\n")[-2].split()[0]) <= room:
+        if all(word in tokens for word in words_in_blanks(template, answer)) and fits(answer):
             kept.append((template, answer))
         if len(kept) == TEMPLATES:
             break
-    path = os.path.join(WORK, "templates.txt")
-    with open(path, "w") as file:
-        file.writelines(template + "<|endoftext|>\n" for template, _ in kept)
-    return path, [answer for _, answer in kept]
+    asked, answers = zip(*kept)
+    return asked, answers, write_templates("templates.txt", asked)
 
 
 def templates(r):
-    """{(S, steps): % filled in right}."""
-    (path, answers), shares = cases(), {}
+    """{(S, steps): (% of templates all of whose blanks are right, % of blanks that are)}."""
+    (asked, answers, path), shares = cases(), {}
     for S in loops_of(r):
         for steps in TEMPLATE_STEPS:
-            how = ["--loops", S, "--steps", steps, "--temperature", 0]
-            texts = ask(r, "sample", "--fill-file", path, *how).rstrip("\n").split("\n\n")
-            if len(texts) != len(answers):  # the model has written an empty line, which is between texts otherwise
-                texts = [loopmdm("sample", "--model", r.folder, "--fill", template, *how).rstrip("\n") for template in open(path).read().splitlines()]
-            shares[S, steps] = 100 * mean(text == answer for text, answer in zip(texts, answers))
+            texts = fill_in(r, path, S, steps)
+            blanks = [word == right for template, text, answer in zip(asked, texts, answers)
+                      for word, right in itertools.zip_longest(words_in_blanks(template, text), words_in_blanks(template, answer))]
+            shares[S, steps] = 100 * mean(text == answer for text, answer in zip(texts, answers)), 100 * mean(blanks)
     return shares
 
 
@@ -71,7 +96,7 @@ def free(r):
             path = os.path.join(r.folder, f"texts_{S}_{steps}")
             with open(path + ".txt", "w", encoding="latin-1", newline="") as file:
                 file.write("\n<|endoftext|>\n".join(texts))
-            loopmdm("tokenize", "--tokenizer", TASKS["stories"].tokenizer, "--input", path + ".txt", "--output", path + ".bin")
+            loopmdm("tokenize", "--tokenizer", TASKS["stories"].tokenizer, "--rows-of", TASKS["stories"].options["seq-len"], "--input", path + ".txt", "--output", path + ".bin")
             found[S, steps] = nelbo(JUDGE, [1], data=path + ".bin", rows=2048)[1], mean(map(entropy, texts))
     return found
 
@@ -85,7 +110,9 @@ def write():
     writers = models("stories")
     train([JUDGE])
     cases()
-    show_by_steps("few_steps_templates", "Templates of stories, by confidence", "all blanks right, %", writers, each("filling in", templates, writers))
+    filled = each("filling in", templates, writers)
+    for k, (name, what) in enumerate((("few_steps_templates", "all blanks right, %"), ("few_steps_blanks", "blanks right, %"))):
+        show_by_steps(name, "Templates of stories, by confidence", what, writers, {key: {at: found[k] for at, found in values.items()} for key, values in filled.items()})
     written, title = each("writing", free, writers), "Stories from nothing, ancestral sampling"
     real = [story.decode() for story in open(TASKS["stories"].held_out.replace(".bin", ".txt"), "rb").read().split(b"<|endoftext|>")]
     of_real = nelbo(JUDGE)[1], mean(map(entropy, filter(str.strip, real)))
