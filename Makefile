@@ -144,7 +144,7 @@ test_cuda_on_cpu: loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
 	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
 
 test:
-	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(EXPERIMENT_DATA)
+	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES) $(EXPERIMENT_DATA)
 	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
 # dev/bench: where the time of a step goes (a program), and what bench.py cannot time from outside (the same file as a library)
