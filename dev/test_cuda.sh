@@ -19,10 +19,12 @@ beside_the_cpu_program() {
     local ok=0 bad=0 options="--data build/stories_train.bin --val-data build/stories_val.bin --val-rows 16 --tokenizer dev/data/stories.tok --model d2
         --layers 3 --loop 1:2 --batch 4 --warmup 5 --lr 3e-3 --steps 20"
     ./loopmdm train $options --out "$work/cpu" >/dev/null
+    check "the CPU program trains" $?
     for precision in fp32 bf16; do
         local program=build/loopmdm_${where}_$precision tolerance=1e-4
         [ $precision = bf16 ] && tolerance=3e-2 # 2e-3 of a loss of 7, as derived in test_loopmdm.c, and as much for the steps taken apart
         $program train $options --out "$work/$precision" >/dev/null
+        check "$precision: trains" $?
         check "$precision: loops, t and learning rate of 20 steps" "$(paste -d' ' <(cut -d, -f1-3,5 "$work/cpu/log.csv") <(cut -d, -f1-3,5 "$work/$precision/log.csv") | awk '$1 != $2 {n++} END {print n + 0}')"
         local largest
         largest=$(paste -d, <(cut -d, -f4 "$work/cpu/log.csv") <(cut -d, -f4 "$work/$precision/log.csv") | awk -F, 'NR > 1 {d = $1 > $2 ? $1 - $2 : $2 - $1; if (d > m) m = d} END {printf "%.2g", m}')
