@@ -131,7 +131,7 @@ static int layer_of_pass(Config c, int S, int p) {
     return p - (S - 1) * n;                    // tail
 }
 
-typedef struct { double lr, wte_lr, beta1, beta2, eps, weight_decay, clip, ema; } AdamW; // the optimizer's settings; wte_lr: a share of lr; ema: what the average keeps
+typedef struct { double lr, wte_lr, beta1, beta2, eps, weight_decay, clip, ema; } AdamW; // the optimizer's settings; wte_lr: the embeddings' rate, as a share of lr; ema: what the average keeps
 
 // Why a configuration cannot be built, or NULL if it can.
 static const char *config_error(Config c) {

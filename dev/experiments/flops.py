@@ -4,7 +4,7 @@
 Three models: an MDM, LoopMDM with the same parameters (loop 1:3, S drawn from 1 to 4), and a deeper MDM whose step costs as much as LoopMDM's mean step.
 Each is trained with three budgets of FLOPs, each with a learning rate schedule of its own. From one to the next it is as much more as a
 step of LoopMDM costs more than one of the MDM, so that LoopMDM takes as many steps with one budget as the MDM with the budget below. The highest learning
-rate is chosen for each model from the same ones, with the smallest budget and the first seed, by other masks than those of the results.
+rate is chosen for each model from the same four, with the smallest budget and the first seed, by other masks than those of the results.
 LoopMDM's NELBO is that with as many loops as in training at most, S=4.
 """
 import math
