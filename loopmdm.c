@@ -412,9 +412,9 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
             sum[i][1] += a[i * a_row] * b1;
         }
     }
-    if (m == MR && n == NR) { // without variables in these loops the sums never leave their registers
-        for (int i = 0; i < MR; i++)
-            for (int v = 0; v < 2; v++) {
+    if (m == MR && n % VECTOR == 0) { // without variable indices the sums never leave their registers
+        for (int v = 0; v < 2 && v * VECTOR < n; v++)
+            for (int i = 0; i < MR; i++) {
                 vec r = sum[i][v], *out = (vec *)(c + i * ldc + v * VECTOR);
                 if (bias) r += *(const vec *)(bias + v * VECTOR);
                 if (accumulate) r += *out;
