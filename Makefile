@@ -113,17 +113,17 @@ TOKENIZER = dev/data/stories.tok
 STORIES = build/stories_train.bin build/stories_val.bin
 
 build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
-	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),40000,1000) --output build/stories_$*.txt
-	./loopmdm tokenize --tokenizer $(TOKENIZER) --input build/stories_$*.txt --output $@
+	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,4200) --output build/stories_$*.txt
+	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 --input build/stories_$*.txt --output $@
 
-TRAIN = --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 10000 --lr 3e-3 --warmup 300 --clip 0.5 \
-	--weight-decay 0.01 --val-every 2000 --save-every 1000
+TRAIN = --fixed-rows --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 10000 --lr 3e-3 --warmup 300 \
+	--clip 0.5 --weight-decay 0.01 --val-every 2000 --save-every 1000
 FILL = 'Lily had a blue ____ and played with it every day. One day, she could not ____ it. She looked under the ____, but it was not ____.'
 train: loopmdm $(STORIES)
 	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run \
 		$(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
-	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8
-	./loopmdm sample --model build/run -n 3 --steps 96 --temperature 0.7
+	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8 --rows 1024
+	./loopmdm sample --model build/run -n 3 --steps 96 --temperature 0.7 --block 8
 	./loopmdm sample --model build/run --fill $(FILL) --temperature 0
 
 check: loopmdm build/test_loopmdm
@@ -144,7 +144,7 @@ test_cuda_on_cpu: loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
 	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
 
 test:
-	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES) $(EXPERIMENT_DATA)
+	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(EXPERIMENT_DATA)
 	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
 
 # dev/bench: where the time of a step goes (a program), and what bench.py cannot time from outside (the same file as a library)
@@ -161,14 +161,10 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 
 # dev/experiments: does looping pay? In order; each goes on where it was interrupted. QUICK=1 shows that each works.
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions copying
-EXPERIMENT_DATA = build/story_rows_train.bin build/story_rows_val.bin build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	$(if $(TINYSTORIES),build/tinystories/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py $(if $(filter 1,$(QUICK)),--quick) || exit 1; done
-
-build/story_rows_%.bin: build/stories $(TOKENIZER) | loopmdm
-	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,4200) --output build/story_rows_$*.txt
-	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 --input build/story_rows_$*.txt --output $@
 
 build/sudoku_%.bin: build/sudoku
 	build/sudoku --size 6 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),300000,16384) --output $@ --tokenizer build/sudoku_$*.tok

@@ -25,7 +25,7 @@ try() { # its name, the expression in init_parameters, and what it becomes
         local running=()
         for seed in 1 2 3; do
             case $task in
-            stories) train $task $seed --tokenizer dev/data/stories.tok --seq-len 96 --batch 4 --lr 3e-3 --warmup 300 --steps 2000 --val-every 500 & ;;
+            stories) train $task $seed --tokenizer dev/data/stories.tok --fixed-rows --seq-len 96 --batch 4 --lr 3e-3 --warmup 300 --steps 2000 --val-every 500 & ;;
             sudoku) train $task $seed --tokenizer build/sudoku_train.tok --fixed-rows --seq-len 36 --batch 32 --lr 2e-3 --warmup 75 --steps 1500 --val-every 500 --val-rows 1024 & ;;
             esac
             running+=($!)
