@@ -392,26 +392,36 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
             for (int p0 = 0; p0 < k; p0 += LINE)
                 for (int i = 0; i < width; i++)
                     for (int p = p0; p < min_int(p0 + LINE, k); p++) dst[(size_t)j * k + p * width + i] = src[(j + i) * stride_n + p * stride_k];
-    if (whole < n)
+    if (whole < n) {
+        float *last = dst + (size_t)whole * k;
+        memset(last, 0, (size_t)k * width * sizeof(float));
         for (int p = 0; p < k; p++)
-            for (int i = 0; i < width; i++) dst[(size_t)whole * k + p * width + i] = whole + i < n ? src[(whole + i) * stride_n + p * stride_k] : 0;
+            for (int i = whole; i < n; i++) last[p * width + i - whole] = src[i * stride_n + p * stride_k];
+    }
 }
 
-// c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR.
-// Always inlined: attention's sums are short, and calls would take a tenth of its time.
+// sum (MR, vectors x VECTOR) = a (MR,k) b (k,NR): one vector of the two where no more columns are wanted, as of heads of 16 channels with AVX-512.
+// This and the next are always inlined: attention's sums are short, and calls would take a tenth of its time.
 __attribute__((always_inline))
-static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
-                              const float *bias, int accumulate) {
-    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
-    vec sum[MR][2];
+static inline void gemm_sums(vec sum[MR][2], int vectors, int k, const float *a, size_t a_row, size_t a_col, const float *b) {
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
     for (int p = 0; p < k; p++, a += a_col, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VECTOR);
         for (int i = 0; i < MR; i++) {
             sum[i][0] += a[i * a_row] * b0;
-            sum[i][1] += a[i * a_row] * b1;
+            if (vectors == 2) sum[i][1] += a[i * a_row] * b1;
         }
     }
+}
+
+// c (m,n) = or += a (MR,k) b (k,NR) + bias (n); b is packed, a[i*a_row + p*a_col] packed or not; at the edges m < MR, n < NR.
+__attribute__((always_inline))
+static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b, float *c, size_t ldc, int m, int n,
+                              const float *bias, int accumulate) {
+    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1); // it comes while the sums are made
+    vec sum[MR][2];
+    if (n > VECTOR) gemm_sums(sum, 2, k, a, a_row, a_col, b);
+    else gemm_sums(sum, 1, k, a, a_row, a_col, b);
     if (m == MR && n % VECTOR == 0) { // without variable indices the sums never leave their registers
         for (int v = 0; v < 2 && v * VECTOR < n; v++)
             for (int i = 0; i < MR; i++) {
@@ -662,35 +672,49 @@ static inline float largest_of(const float *x, int n) {
     return largest;
 }
 
-enum { ATTN_TILE = 8 * MR }; // queries at a time: the scores of a tile are (ATTN_TILE, T), and T x T is never stored
+enum { ATTN_TILE = 8 * MR }; // queries at a time: the scores of a tile are (T, ATTN_TILE), and T x T is never stored
 
 // Bidirectional: every position attends to every other. For each head, with scale = 1/sqrt(D):
 //   scores = scale q k^T,  lse = log sum exp(scores),  out = exp(scores - lse) v
-// qkv (B,T,3C) -> out (B,T,C), lse (B,NH,T), which backward needs to compute the probabilities again
+// qkv (B,T,3C) -> out (B,T,C), lse (B,NH,T), which backward needs to compute the probabilities again.
+// Scores are stored transposed, (keys, queries): a vector holds one key's scores for VECTOR queries, so that the softmax, which goes over keys,
+// never works across a vector. Columns past the last query have zeros for scores, and are not read.
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t keys = gemm_packed_size(D, T), values = gemm_packed_size(T, D);
+    size_t values = gemm_packed_size(T, D), tile = gemm_packed_size(D, ATTN_TILE);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
-        const float *q = qkv + row * 3 * C + h * D;
-        float *k = scratch(SCRATCH_ATTN, keys + values + (size_t)ATTN_TILE * T), *v = k + keys, *probs = v + values;
-        gemm_pack(k, q + C, 3 * C, 1, T, D, NR);
-        gemm_pack(v, q + 2 * C, 1, 3 * C, D, T, NR);
+        const float *q = qkv + row * 3 * C + h * D, *k = q + C;
+        float *v = scratch(SCRATCH_ATTN, values + tile + (size_t)ATTN_TILE * T), *qt = v + values, *probs = qt + tile;
+        gemm_pack(v, k + C, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
-            int n = min_int(ATTN_TILE, T - t0);
-            gemm_tile(n, T, D, q + (size_t)t0 * 3 * C, 3 * C, 1, 0, k, probs, T, NULL, 0);
-            for (int i = 0; i < n; i++) {
-                float *p = probs + (size_t)i * T, largest = largest_of(p, T), sum = 0;
-                OMP(omp simd reduction(+ : sum))
-                for (int j = 0; j < T; j++) sum += p[j] = exp_fast(scale * (p[j] - largest));
-                lse[(size_t)bh * T + t0 + i] = scale * largest + logf(sum);
-                sum = 1 / sum;
-                for (int j = 0; j < T; j++) p[j] *= sum;
+            int n = min_int(ATTN_TILE, T - t0), N = (n + VECTOR - 1) / VECTOR * VECTOR;
+            float *y = out + (row + t0) * C + h * D;
+            gemm_pack(qt, q + (size_t)t0 * 3 * C, 3 * C, 1, n, D, NR);
+            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt, probs, N, NULL, 0);
+            float sums[ATTN_TILE];
+            for (int i = 0; i < N; i += VECTOR) {
+                float *p = probs + i, largest[VECTOR], sum[VECTOR] = {0};
+                memcpy(largest, p, sizeof largest);
+                for (int j = 1; j < T; j++) {
+                    OMP(omp simd)
+                    for (int l = 0; l < VECTOR; l++) largest[l] = p[j * N + l] > largest[l] ? p[j * N + l] : largest[l];
+                }
+                for (int j = 0; j < T; j++) {
+                    OMP(omp simd)
+                    for (int l = 0; l < VECTOR; l++) sum[l] += p[j * N + l] = exp_fast(scale * (p[j * N + l] - largest[l]));
+                }
+                for (int l = 0; l < min_int(VECTOR, n - i); l++) {
+                    lse[(size_t)bh * T + t0 + i + l] = scale * largest[l] + logf(sum[l]);
+                    sums[i + l] = sum[l];
+                }
             }
-            gemm_tile(n, D, T, probs, T, 1, 0, v, out + (row + t0) * C + h * D, C, NULL, 0);
+            gemm_tile(n, D, T, probs, 1, N, 0, v, y, C, NULL, 0);
+            for (int i = 0; i < n; i++)
+                for (int d = 0; d < D; d++) y[(size_t)i * C + d] /= sums[i];
         }
     }
 }
@@ -699,38 +723,44 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   dscores = scale p (dp - sum(p dp)),  dq = dscores k,  dk = dscores^T q,  dv = p^T dout
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t keys = gemm_packed_size(D, T), values = gemm_packed_size(T, D), tile = gemm_packed_size(ATTN_TILE, D);
+    size_t keys = gemm_packed_size(T, D), tile = gemm_packed_size(ATTN_TILE, D), tile_t = gemm_packed_size(D, ATTN_TILE);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
-        const float *q = qkv + row * 3 * C + h * D;
+        const float *q = qkv + row * 3 * C + h * D, *k = q + C, *v = k + C;
         float *dq = dqkv + row * 3 * C + h * D, *dk = dq + C, *dv = dk + C;
-        float *kt = scratch(SCRATCH_ATTN, 2 * keys + values + 2 * tile + (size_t)2 * ATTN_TILE * T), *vt = kt + keys, *k = vt + keys; // k^T, v^T, k packed
-        float *qt = k + values, *dyt = qt + tile, *probs = dyt + tile, *dscores = probs + (size_t)ATTN_TILE * T;
-        gemm_pack(kt, q + C, 3 * C, 1, T, D, NR);
-        gemm_pack(vt, q + 2 * C, 3 * C, 1, T, D, NR);
-        gemm_pack(k, q + C, 1, 3 * C, D, T, NR);
+        float *k_packed = scratch(SCRATCH_ATTN, keys + 2 * tile + 2 * tile_t + (size_t)2 * ATTN_TILE * T), *qt = k_packed + keys, *dyt = qt + tile_t;
+        float *q_packed = dyt + tile_t, *dy_packed = q_packed + tile, *probs = dy_packed + tile, *dscores = probs + (size_t)ATTN_TILE * T;
+        gemm_pack(k_packed, k, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
-            int n = min_int(ATTN_TILE, T - t0);
+            int n = min_int(ATTN_TILE, T - t0), N = (n + VECTOR - 1) / VECTOR * VECTOR;
             const float *dy = dout + (row + t0) * C + h * D, *qs = q + (size_t)t0 * 3 * C;
-            gemm_tile(n, T, D, qs, 3 * C, 1, 0, kt, probs, T, NULL, 0);
-            gemm_tile(n, T, D, dy, C, 1, 0, vt, dscores, T, NULL, 0);
-            for (int i = 0; i < n; i++) {
-                float *p = probs + (size_t)i * T, *d = dscores + (size_t)i * T, l = lse[(size_t)bh * T + t0 + i], sum = 0;
-                OMP(omp simd reduction(+ : sum))
+            gemm_pack(qt, qs, 3 * C, 1, n, D, NR);
+            gemm_pack(dyt, dy, C, 1, n, D, NR);
+            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt, probs, N, NULL, 0);
+            gemm_tile(T, N, D, v, 3 * C, 1, 0, dyt, dscores, N, NULL, 0);
+            for (int i = 0; i < N; i += VECTOR) {
+                float *p = probs + i, *d = dscores + i, log_sum[VECTOR] = {0}, sum[VECTOR] = {0};
+                memcpy(log_sum, lse + (size_t)bh * T + t0 + i, min_int(VECTOR, n - i) * sizeof(float));
                 for (int j = 0; j < T; j++) {
-                    p[j] = exp_fast(scale * p[j] - l);
-                    sum += p[j] * d[j];
+                    OMP(omp simd)
+                    for (int l = 0; l < VECTOR; l++) {
+                        p[j * N + l] = exp_fast(scale * p[j * N + l] - log_sum[l]);
+                        sum[l] += p[j * N + l] * d[j * N + l];
+                    }
                 }
-                for (int j = 0; j < T; j++) d[j] = scale * p[j] * (d[j] - sum);
+                for (int j = 0; j < T; j++) {
+                    OMP(omp simd)
+                    for (int l = 0; l < VECTOR; l++) d[j * N + l] = scale * p[j * N + l] * (d[j * N + l] - sum[l]);
+                }
             }
-            gemm_tile(n, D, T, dscores, T, 1, 0, k, dq + (size_t)t0 * 3 * C, 3 * C, NULL, 0);
-            gemm_pack(qt, qs, 1, 3 * C, D, n, NR);
-            gemm_pack(dyt, dy, 1, C, D, n, NR);
-            gemm_tile(T, D, n, dscores, 1, T, 0, qt, dk, 3 * C, NULL, t0 > 0);
-            gemm_tile(T, D, n, probs, 1, T, 0, dyt, dv, 3 * C, NULL, t0 > 0);
+            gemm_tile(n, D, T, dscores, 1, N, 0, k_packed, dq + (size_t)t0 * 3 * C, 3 * C, NULL, 0);
+            gemm_pack(q_packed, qs, 1, 3 * C, D, n, NR);
+            gemm_pack(dy_packed, dy, 1, C, D, n, NR);
+            gemm_tile(T, D, n, dscores, N, 1, 0, q_packed, dk, 3 * C, NULL, t0 > 0);
+            gemm_tile(T, D, n, probs, N, 1, 0, dy_packed, dv, 3 * C, NULL, t0 > 0);
         }
     }
 }
