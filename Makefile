@@ -1,5 +1,5 @@
 # make          builds loopmdm (and finds out what the compiler can do)
-# make train    builds, writes stories, trains, evaluates, samples: 3 to 4 minutes on 2 cores, cc and make alone
+# make train    builds, writes stories, trains, evaluates, samples: 2 to 4 minutes on 2 cores, cc and make alone
 # make check    checks the C program against the reference files in the repository: cc alone
 # make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
 # make experiments  what looping gains, with tables and plots (dev/experiments): hours; QUICK=1 shows in a minute that they work; TINYSTORIES=FILE adds real text

@@ -147,7 +147,7 @@ static const char *config_error(Config c) {
     return NULL;
 }
 
-// Exact floating point operations (a multiply-add is two) in the matrix products, as this program does them. A forward of P passes for
+// Exact floating point operations (a multiply-add is two) in the matrix products, as this program does them, but for what fills up vectors. A forward of P passes for
 // one token: per pass 24 C^2 in qkv, attproj, fc and fcproj, and 4 T C in attention. The LM head for one masked token: 2 V C.
 static double pass_flops(Config c, int T, double P) { return P * (24.0 * c.channels * c.channels + 4.0 * T * c.channels); }
 static double head_flops(Config c) { return 2.0 * c.vocab_size * c.channels; }
@@ -659,42 +659,29 @@ static inline float exp_fast(float x) {
     return series * power.f;
 }
 
-// The largest of x (n), in 16 lanes that compilers turn into vectors.
-static inline float largest_of(const float *x, int n) {
-    float lane[16], largest = x[0];
-    for (int l = 0; l < 16; l++) lane[l] = x[0];
-    for (int j = 0; j + 16 <= n; j += 16) {
-        OMP(omp simd)
-        for (int l = 0; l < 16; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
-    }
-    for (int l = 0; l < 16; l++) largest = lane[l] > largest ? lane[l] : largest;
-    for (int j = n & ~15; j < n; j++) largest = x[j] > largest ? x[j] : largest;
-    return largest;
-}
-
-enum { ATTN_TILE = 8 * MR }; // queries at a time: the scores of a tile are (T, ATTN_TILE), and T x T is never stored
+enum { ATTN_TILE = 8 * MR }; // queries at a time, a multiple of VECTOR: a tile's scores are (T, ATTN_TILE), and T x T is never stored
 
 // Bidirectional: every position attends to every other. For each head, with scale = 1/sqrt(D):
 //   scores = scale q k^T,  lse = log sum exp(scores),  out = exp(scores - lse) v
 // qkv (B,T,3C) -> out (B,T,C), lse (B,NH,T), which backward needs to compute the probabilities again.
 // Scores are stored transposed, (keys, queries): a vector holds one key's scores for VECTOR queries, so that the softmax, which goes over keys,
-// never works across a vector. Columns past the last query have zeros for scores, and are not read.
+// never works across a vector. Columns past the last query score zero; what becomes of them is not used.
 static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t values = gemm_packed_size(T, D), tile = gemm_packed_size(D, ATTN_TILE);
+    size_t whole = gemm_packed_size(T, D), tile = gemm_packed_size(D, ATTN_TILE);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
         size_t row = (size_t)(bh / NH) * T;
         int h = bh % NH;
-        const float *q = qkv + row * 3 * C + h * D, *k = q + C;
-        float *v = scratch(SCRATCH_ATTN, values + tile + (size_t)ATTN_TILE * T), *qt = v + values, *probs = qt + tile;
-        gemm_pack(v, k + C, 1, 3 * C, D, T, NR);
+        const float *q = qkv + row * 3 * C + h * D, *k = q + C, *v = k + C;
+        float *v_packed = scratch(SCRATCH_ATTN, whole + tile + (size_t)ATTN_TILE * T), *qt_packed = v_packed + whole, *probs = qt_packed + tile;
+        gemm_pack(v_packed, v, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
-            int n = min_int(ATTN_TILE, T - t0), N = (n + VECTOR - 1) / VECTOR * VECTOR;
+            int n = min_int(ATTN_TILE, T - t0), N = (n + VECTOR - 1) / VECTOR * VECTOR; // queries; columns
             float *y = out + (row + t0) * C + h * D;
-            gemm_pack(qt, q + (size_t)t0 * 3 * C, 3 * C, 1, n, D, NR);
-            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt, probs, N, NULL, 0);
+            gemm_pack(qt_packed, q + (size_t)t0 * 3 * C, 3 * C, 1, n, D, NR);
+            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt_packed, probs, N, NULL, 0);
             float sums[ATTN_TILE];
             for (int i = 0; i < N; i += VECTOR) {
                 float *p = probs + i, largest[VECTOR], sum[VECTOR] = {0};
@@ -712,7 +699,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
                     sums[i + l] = sum[l];
                 }
             }
-            gemm_tile(n, D, T, probs, 1, N, 0, v, y, C, NULL, 0);
+            gemm_tile(n, D, T, probs, 1, N, 0, v_packed, y, C, NULL, 0);
             for (int i = 0; i < n; i++)
                 for (int d = 0; d < D; d++) y[(size_t)i * C + d] /= sums[i];
         }
@@ -723,7 +710,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   dscores = scale p (dp - sum(p dp)),  dq = dscores k,  dk = dscores^T q,  dv = p^T dout
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
     int D = C / NH;
-    size_t keys = gemm_packed_size(T, D), tile = gemm_packed_size(ATTN_TILE, D), tile_t = gemm_packed_size(D, ATTN_TILE);
+    size_t whole = gemm_packed_size(T, D), tile = gemm_packed_size(ATTN_TILE, D), tile_t = gemm_packed_size(D, ATTN_TILE);
     float scale = 1 / sqrtf(D);
     OMP(omp parallel for schedule(dynamic) if (WORTH((size_t)B * T * T * C)))
     for (int bh = 0; bh < B * NH; bh++) {
@@ -731,16 +718,17 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
         int h = bh % NH;
         const float *q = qkv + row * 3 * C + h * D, *k = q + C, *v = k + C;
         float *dq = dqkv + row * 3 * C + h * D, *dk = dq + C, *dv = dk + C;
-        float *k_packed = scratch(SCRATCH_ATTN, keys + 2 * tile + 2 * tile_t + (size_t)2 * ATTN_TILE * T), *qt = k_packed + keys, *dyt = qt + tile_t;
-        float *q_packed = dyt + tile_t, *dy_packed = q_packed + tile, *probs = dy_packed + tile, *dscores = probs + (size_t)ATTN_TILE * T;
+        float *k_packed = scratch(SCRATCH_ATTN, whole + 2 * tile + 2 * tile_t + (size_t)2 * ATTN_TILE * T), *qt_packed = k_packed + whole, *dyt_packed = qt_packed + tile_t;
+        float *q_packed = dyt_packed + tile_t, *dy_packed = q_packed + tile; // a tile's q^T and dout^T, (D,n), for the scores; q and dout, (n,D), for dk and dv
+        float *probs = dy_packed + tile, *dscores = probs + (size_t)ATTN_TILE * T; // transposed as in forward
         gemm_pack(k_packed, k, 1, 3 * C, D, T, NR);
         for (int t0 = 0; t0 < T; t0 += ATTN_TILE) {
             int n = min_int(ATTN_TILE, T - t0), N = (n + VECTOR - 1) / VECTOR * VECTOR;
             const float *dy = dout + (row + t0) * C + h * D, *qs = q + (size_t)t0 * 3 * C;
-            gemm_pack(qt, qs, 3 * C, 1, n, D, NR);
-            gemm_pack(dyt, dy, C, 1, n, D, NR);
-            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt, probs, N, NULL, 0);
-            gemm_tile(T, N, D, v, 3 * C, 1, 0, dyt, dscores, N, NULL, 0);
+            gemm_pack(qt_packed, qs, 3 * C, 1, n, D, NR);
+            gemm_pack(dyt_packed, dy, C, 1, n, D, NR);
+            gemm_tile(T, N, D, k, 3 * C, 1, 0, qt_packed, probs, N, NULL, 0);
+            gemm_tile(T, N, D, v, 3 * C, 1, 0, dyt_packed, dscores, N, NULL, 0);
             for (int i = 0; i < N; i += VECTOR) {
                 float *p = probs + i, *d = dscores + i, log_sum[VECTOR] = {0}, sum[VECTOR] = {0};
                 memcpy(log_sum, lse + (size_t)bh * T + t0 + i, min_int(VECTOR, n - i) * sizeof(float));
@@ -807,6 +795,19 @@ static void gather_backward(float *dinp, const float *dout, const int *rows, int
 }
 
 // ---- softmax and cross entropy ----
+
+// The largest of x (n), in 16 lanes that compilers turn into vectors.
+static inline float largest_of(const float *x, int n) {
+    float lane[16], largest = x[0];
+    for (int l = 0; l < 16; l++) lane[l] = x[0];
+    for (int j = 0; j + 16 <= n; j += 16) {
+        OMP(omp simd)
+        for (int l = 0; l < 16; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
+    }
+    for (int l = 0; l < 16; l++) largest = lane[l] > largest ? lane[l] : largest;
+    for (int j = n & ~15; j < n; j++) largest = x[j] > largest ? x[j] : largest;
+    return largest;
+}
 
 // logits (R,V) -> probabilities (R,V) in their place; losses (R) = -log p[target]. targets (BT) are looked up at rows (R).
 // MASK is no column: it is never a candidate.
@@ -2393,7 +2394,7 @@ static void eval(void) {
         eval_solutions(&m, step, &data, &t, l, loops, n, taus, num_taus, B);
         return;
     }
-    double nats_to_bits = has_tokenizer && data.stride == 1 ? tokens_per_byte(&data, &t, opt_rows, T) / log(2) : 0; // rows of their own are filled up with end-of-text
+    double nats_to_bits = has_tokenizer ? tokens_per_byte(&data, &t, opt_rows, T) / log(2) : 0;
     printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
     printf("%sloops  passes  NELBO, nats/token  perplexity at most%s  GFLOP/row  tokens/s\n", opt_adaptive ? "   tau  " : "", nats_to_bits > 0 ? "  bits/byte" : "");
     for (int i = 0; i < (opt_adaptive ? num_taus : n); i++) {

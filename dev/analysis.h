@@ -48,12 +48,17 @@ static void csv_close(FILE *file, const char *path) {
     }
 }
 
-// How many tokens a byte of text has, in the rows that evaluate() takes; end-of-text counts as the one byte that a file needs between texts.
+// How many tokens a byte of text has, in the rows that evaluate() takes. End-of-text counts as the one byte that a file needs between texts; those
+// that fill up a row after it are no text.
 static double tokens_per_byte(const Data *d, const Tokenizer *t, int rows, int T) {
     int *tokens = (int *)allocate(T, sizeof(int), "a row");
     double count = 0, bytes = 0;
     for (int r = 0; r < rows; r++)
-        for (int i = evaluation_row(d, tokens, r, rows, T); i < T; i++) count++, bytes += tokens[i] == t->eot ? 1 : t->length[tokens[i]];
+        for (int i = evaluation_row(d, tokens, r, rows, T); i < T; i++) {
+            count++;
+            if (tokens[i] != t->eot) bytes += t->length[tokens[i]];
+            else if (i == 0 || tokens[i - 1] != t->eot) bytes++;
+        }
     free(tokens);
     return count / bytes;
 }
