@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a change gained: a training step of each of these commits' loopmdm.c, in turns on this machine. From the repository root:
 #     bash dev/bench/compare.sh COMMIT COMMIT...        e.g. HEAD~1 HEAD; "." is the working tree
-# TURNS=9 and SHAPE="d6 4096 16 1" (preset, V, B, S) if not said. A turn is the best of five steps, and each turn begins with another commit.
+# TURNS=9 and SHAPE="d6 4096 16 1" (preset, V, B, S, and T where it is another) if not said. A turn is the best of five steps, and each turn begins with another commit.
 # Prints the best turn and the median in milliseconds, and both as speeds relative to the first commit's: where they disagree, there was noise.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: bash dev/bench/compare.sh COMMIT COMMIT..."; exit 2; }
