@@ -385,20 +385,22 @@ def line(ax, i, what, values, style="-"):
 
 def show_by_steps(name, title, what, runs, results, reference=None):
     """
-    CSV file, table and figure of what LINES do with each number of denoising steps, and with the FLOPs that sampling takes.
+    CSV file, table and figure of what those of LINES that have runs do with each number of denoising steps, and with the FLOPs that sampling takes.
 
     runs: {(model, seed): Run}; results: {(model, seed): {(S, steps): value}}; what: the value, with its unit; reference: (what, value), a line in the figure.
     """
     all_steps = list(dict.fromkeys(steps for _, steps in results["MDM", 1]))
-    gflop = {(model, S): flops_by_loops(runs[model, 1])[S][0] / 1e9 for model, S in LINES}
+    lines = [(model, S) for model, S in LINES if (model, 1) in runs]
+    gflop = {(model, S): flops_by_loops(runs[model, 1])[S][0] / 1e9 for model, S in lines}
     save_csv(name, ["model", "seed", "loops", "steps", "gflop_per_row", what],
              [[model, seed, S, steps, steps * gflop[model, S], value] for (model, seed), found in results.items() for (S, steps), value in found.items()])
-    values = {(model, S): {steps: [results[model, seed][S, steps] for seed in SEEDS] for steps in all_steps} for model, S in LINES}
+    values = {(model, S): {steps: [results[model, seed][S, steps] for seed in SEEDS] for steps in all_steps} for model, S in lines}
     form = "{:.1f}" if "%" in what else "{:.3f}"
     print_table(f"{title}: {what}, by denoising steps; mean (lowest to highest) of {len(SEEDS)} seeds", ["model", "GFLOP per row and step", *all_steps],
-                [[label(*key), f"{gflop[key]:.3g}"] + [spread(values[key][steps], form) for steps in all_steps] for key in LINES])
+                [[label(*key), f"{gflop[key]:.3g}"] + [spread(values[key][steps], form) for steps in all_steps] for key in lines])
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for i, key in enumerate(LINES):
+    for key in lines:
+        i = LINES.index(key)
         line(axes[0], i, label(*key), values[key])
         line(axes[1], i, None, {steps * gflop[key]: values[key][steps] for steps in all_steps})
     if reference:
