@@ -1132,6 +1132,12 @@ static void check_tokenizer(const char *folder) {
     check("a word of a million letters", fabs((double)tokenizer_encode(&t, ids, long_text, n, "test") - (n / 4 + n / 4)), 1, "tokens");
     int x[32];
     check("template: masks", encode_template(&t, x, 999, "a ____ in ________.") != 7 || x[1] != 999 || x[4] != 999 || x[5] != 999, 0, "one blank, two blanks");
+    uint16_t row[6];
+    tokenizer_encode(&t, x, "<|endoftext|>aaaaa<|endoftext|><|endoftext|><|endoftext|>", 57, "test");
+    for (int i = 0; i < 6; i++) row[i] = (uint16_t)x[i];
+    Shard shard = {row, 6};
+    Data data = {&shard, 1, 6, 6, -1};
+    check("tokens per byte", fabs(tokens_per_byte(&data, &t, 1, 6) - 6. / 7), 1e-12, "end-of-text that fills up a row is no byte");
     free(long_text), free(ids), free(path);
 }
 
