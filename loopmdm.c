@@ -1439,6 +1439,14 @@ static void keep_apart(const char *option, const char *path, const char *other_o
     free(temporary);
 }
 
+// Nor one of the shards that are read.
+static void keep_apart_from_data(const char *option, const char *path, const char *data_option, const char *pattern) {
+    glob_t g;
+    if (!pattern || glob(pattern, 0, NULL, &g)) return;
+    for (size_t i = 0; i < g.gl_pathc; i++) keep_apart(option, path, data_option, g.gl_pathv[i]);
+    globfree(&g);
+}
+
 static void write_file(const char *path, const Part *parts, int n) {
     const File file = {path, parts, n};
     write_files(&file, 1);
@@ -1566,7 +1574,7 @@ static Progress checkpoint_resume(Model *m, const char *folder, int step) {
     Progress p;
     int header[HEADER_INTS];
     char *path = join_path(folder, "optimizer.bin");
-    float *moments = read_floats(path, OPTIMIZER_MAGIC, "optimizer state", header, 2 * m->params.total);
+    float *moments = read_floats(path, OPTIMIZER_MAGIC, "saved optimizer state", header, 2 * m->params.total);
     checkpoint_load(m, folder, 0);
     tensors_write(&m->moment1, moments), tensors_write(&m->moment2, moments + m->params.total);
     if (m->keeps_ema) {
@@ -2060,7 +2068,7 @@ static int parse_list(const char *option, const char *text, int *list, int most)
     do {
         long S = strtol(text, &end, 10);
         if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most)
-            die(USAGE, "--%s takes %s from 1, such as %s, not '%s'", option, most > 1 ? "numbers" : "one number", most > 1 ? "4 or 1,2,4" : "4", all);
+            die(USAGE, "--%s takes %s from 1 to 100000, such as %s, not '%s'", option, most > 1 ? "up to 32 numbers" : "one number", most > 1 ? "4 or 1,2,4" : "4", all);
         list[n++] = (int)S;
         text = end + 1;
     } while (*end);
@@ -2122,14 +2130,16 @@ static void make_folders(const char *path) { // as mkdir -p
     free(p);
 }
 
-// Opens log.csv for appending, with the lines of earlier steps that a resumed run does not repeat.
+// Opens log.csv for appending, with the lines of earlier steps that a resumed run does not repeat. Its columns must be the same.
 static FILE *open_log(const char *folder, int step, const int *val_loops, int num_val) {
-    char *path = join_path(folder, "log.csv"), *kept = NULL, line[4096];
+    char *path = join_path(folder, "log.csv"), *kept = NULL, line[4096], first[1024] = "";
     size_t bytes;
     FILE *old = step ? fopen(path, "r") : NULL, *log = open_memstream(&kept, &bytes);
     fprintf(log, "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops");
     for (int i = 0; i < num_val; i++) fprintf(log, ",val_nelbo_s%d", val_loops[i]);
     fprintf(log, "\n");
+    fflush(log);
+    if (old && fgets(first, sizeof first, old) && strcmp(first, kept)) die(USAGE, "--resume: %s has other columns: give --val-data and --loops as when it was begun", path);
     while (old && fgets(line, sizeof line, old))
         if (isdigit((unsigned char)line[0]) && strchr(line, '\n') && atoi(line) <= step) fputs(line, log);
     if (old) fclose(old);
@@ -2158,6 +2168,7 @@ static void fix_rows(Data *d, const char *pattern, const Tokenizer *t, int T) {
         for (int i = 0; i < t->vocab_size; i++)
             if (separator < 0 && (size_t)t->length[i] == length && !memcmp(t->bytes[i], opt_answers_after, length)) separator = i;
         if (separator < 0) die(USAGE, "--answers-after: '%s' is no token of the tokenizer", opt_answers_after);
+        if (separator == t->eot) die(USAGE, "--answers-after: '%s' ends a text, so no answer comes after it", opt_answers_after);
     }
     if (opt_answers_after || opt_fixed_rows || opt_sudoku) data_fix_rows(d, pattern, T, separator);
 }
@@ -2178,16 +2189,31 @@ static float *initial_parameters(const Model *m) {
     return params;
 }
 
+static const char *const model_files[] = {"model.bin", "ema.bin", "optimizer.bin", "tokenizer.bin", "log.csv"}; // what training writes into --out
+enum { NUM_MODEL_FILES = COUNT(model_files) };
+
 // The model that training begins with, new or from --out, with its Progress; and --out itself.
 static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
     Progress p = {0, opt_batch * opt_accum, opt_seed, 0};
     char *saved = join_path(opt_out, "model.bin"), *copy = join_path(opt_out, "tokenizer.bin"), *ema = join_path(opt_out, "ema.bin");
-    make_folders(opt_out);
-    int lock = open(opt_out, O_RDONLY); // until the end
+    if (!opt_resume) make_folders(opt_out);
+    int lock = open(opt_out, O_RDONLY | O_DIRECTORY); // until the end
     if (lock < 0 || (flock(lock, LOCK_EX | LOCK_NB) && errno != EWOULDBLOCK)) die(FAILED, "--out: cannot open %s: %s", opt_out, strerror(errno));
     if (flock(lock, LOCK_EX | LOCK_NB)) die(FAILED, "--out: another training is writing into %s", opt_out);
+    if (!opt_resume && !access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
+    for (int i = 0; i < NUM_MODEL_FILES; i++) {
+        char *path = join_path(opt_out, model_files[i]);
+        keep_apart_from_data("--out", path, "--data", opt_data);
+        keep_apart_from_data("--out", path, "--val-data", opt_val_data);
+        free(path);
+    }
+    if (opt_tokenizer && !access(copy, F_OK)) {
+        size_t size;
+        const unsigned char *old = map_file(copy, TOKENIZER_MAGIC, "tokenizer", &size);
+        if (size != tokenizer->file_size || memcmp(old, tokenizer->file, size))
+            die(USAGE, "--tokenizer %s is not %s, which is there already: give that one, or choose another --out", opt_tokenizer, copy);
+    }
     if (!opt_resume) {
-        if (!access(saved, F_OK)) die(USAGE, "%s is already there: continue it with --resume, or choose another --out", saved);
         model_build(m, c);
         m->keeps_ema = opt_ema > 0;
         float *params = initial_parameters(m);
@@ -2209,12 +2235,6 @@ static Progress train_begin(Model *m, Config c, const Tokenizer *tokenizer) {
             die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d", (unsigned long long)p.seed, p.rows);
     }
     if (p.step > opt_steps) die(USAGE, "--resume: %s is at step %d already, beyond --steps %d", saved, p.step, opt_steps);
-    if (opt_tokenizer && opt_resume && !access(copy, F_OK)) {
-        size_t size;
-        const unsigned char *old = map_file(copy, TOKENIZER_MAGIC, "tokenizer", &size);
-        if (size != tokenizer->file_size || memcmp(old, tokenizer->file, size))
-            die(USAGE, "--resume: --tokenizer %s is not the one this run was begun with, %s", opt_tokenizer, copy);
-    }
     if (opt_tokenizer) {
         Part part = {tokenizer->file, tokenizer->file_size};
         write_file(copy, &part, 1);
@@ -2247,6 +2267,7 @@ static void train(void) {
     if (opt_ema >= 1) die(USAGE, "--ema is what the average keeps in a step: below 1, not %g", opt_ema);
     if (opt_var_length > 1) die(USAGE, "--var-length is a share: at most 1, not %g", opt_var_length);
     if (opt_var_length > 0 && (opt_fixed_rows || opt_answers_after)) die(USAGE, "--var-length would cut the rows of --fixed-rows and --answers-after");
+    only_with("--val-data", opt_val_data != NULL, " loops val-rows val-every ");
     if (opt_init && opt_resume) die(USAGE, "--init excludes --resume, which has its parameters from --out");
     Tokenizer tokenizer;
     if (opt_tokenizer) {
@@ -2341,7 +2362,7 @@ static int parse_taus(double *taus, int most, int max_loops, Loops *l) {
     const char *text = opt_adaptive;
     do {
         double tau = strtod(text, &end);
-        if (end == text || (*end && *end != ',') || !(tau >= 0) || n == most) die(USAGE, "--adaptive takes %s, such as 0.1, not '%s'", most > 1 ? "numbers" : "one number", opt_adaptive);
+        if (end == text || (*end && *end != ',') || !(tau >= 0) || n == most) die(USAGE, "--adaptive takes %s, such as 0.1, not '%s'", most > 1 ? "up to 32 numbers" : "one number", opt_adaptive);
         taus[n++] = tau;
         text = end + 1;
     } while (*end);
@@ -2460,7 +2481,7 @@ static int encode_start(const Model *m, const Tokenizer *t, int *x, int most, co
         free(room);
     }
     for (int i = 0; i < T; i++) blanks += x[i] == mask;
-    if (T == 1 && !opt_puzzle) die(USAGE, "--model has room for one token, the end-of-text: there is nothing to write");
+    if (most == 1 && !opt_puzzle) die(USAGE, "--model has room for one token, the end-of-text: there is nothing to write");
     if (!blanks && !opt_prompt) die(USAGE, "%s has no blank: write %s where a token is to be filled in", option, opt_puzzle ? "." : "____");
     return T;
 }
@@ -2561,6 +2582,8 @@ static void print_token(const Tokenizer *t, int id) { // what is no printable ch
 
 static void tokenize(void) {
     if (!opt_tokenizer) die(USAGE, "tokenize needs --tokenizer; see loopmdm tokenize --help");
+    only_with("--input", opt_input != NULL, " rows-of ");
+    if (opt_rows_of > 65536) die(USAGE, "--rows-of is %d; no model takes more than 65536 tokens", opt_rows_of);
     if (!opt_text == !opt_input || !opt_input != !opt_output) die(USAGE, "tokenize takes either --text, or --input and --output");
     Tokenizer t = tokenizer_open(opt_tokenizer);
     if (opt_text) {

@@ -1235,6 +1235,10 @@ static void check_tasks(const char *d) {
     check("train on answers, exit status", run(err, out, d, "train %s --data %s/answer.bin --answers-after '<|sep|>' --seq-len 16 --init %s/boards --out %s/answering", fixed, d, d, d), 0, "120 steps from --init");
     check("eval --exact-match, exit status", run(err, out, d, "eval --model %s/answering --data %s/answers.bin --answers-after '<|sep|>' --exact-match --steps 2 --loops 4", d, d), 0, "");
     check("an answer known by heart is right", !strstr(out, " 50.00 %"), 0, "one of two");
+    row[16 + 8] = 8;
+    snprintf(path, sizeof path, "%s/no_answer.bin", d);
+    write_shard(path, row, 32);
+    expect_error(d, 1, "row 1 has no number", "eval --model %s/answering --data %s/no_answer.bin --answers-after '<|sep|>' --exact-match", d, d);
     snprintf(path, sizeof path, "printf '2 2?<|sep|># 4<|endoftext|>\\n12341234123412341<|endoftext|>' >%s/rows.txt", d);
     check("tokenize --rows-of", system(path) || run(err, out, d, "tokenize --tokenizer %s/board.tok --input %s/rows.txt --output %s/rows.bin --rows-of 16", d, d, d), 0, "exit status");
     snprintf(path, sizeof path, "%s/rows.bin", d);
@@ -1306,16 +1310,16 @@ static void check_command_line(const char *d) {
     snprintf(base, sizeof base, "--data '%s/data*.bin' " TRAIN_FLAGS, d, d);
 
     // an unbroken run; one killed after its checkpoint at step 20; one interrupted by Ctrl-C: all the same, bit for bit
-    char long_run[160];
-    snprintf(long_run, sizeof long_run, "%s --steps 40 --save-every 20 --accum 2 --val-every 10 --val-rows 8 --ema 0.9 --time bell --var-length 0.3",
-             SLOW ? "--channels 48 --seq-len 32 --batch 4" : "--channels 64 --seq-len 64 --batch 8");
-    check("train, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/whole", base, d, long_run, d), 0, "40 steps");
+    char long_run[1200];
+    snprintf(long_run, sizeof long_run, "%s --steps 40 --save-every 20 --accum 2 --val-data %s/data2.bin --val-every 10 --val-rows 8 --ema 0.9 --time bell --var-length 0.3",
+             SLOW ? "--channels 48 --seq-len 32 --batch 4" : "--channels 64 --seq-len 64 --batch 8", d);
+    check("train, exit status", run(err, out, d, "train %s %s --out %s/whole", base, long_run, d), 0, "40 steps");
     for (int how = 0; how < 2; how++) {
         const char *name = how ? "interrupted" : "killed";
         pid_t child = fork();
         if (child == 0) {
             char command[8192];
-            snprintf(command, sizeof command, "exec %s train %s --val-data %s/data2.bin %s --out %s/%s >/dev/null 2>&1", program, base, d, long_run, d, name);
+            snprintf(command, sizeof command, "exec %s train %s %s --out %s/%s >/dev/null 2>&1", program, base, long_run, d, name);
             execl("/bin/sh", "sh", "-c", command, (char *)NULL);
             _exit(127);
         }
@@ -1335,7 +1339,7 @@ static void check_command_line(const char *d) {
             check("tear", system(torn), 0, "the log's last line");
         }
         if (how) check("Ctrl-C, exit status", !(WIFEXITED(status) && WEXITSTATUS(status) == 130), 0, "130");
-        check("resume, exit status", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/%s --resume", base, d, long_run, d, name), 0, "%s", name);
+        check("resume, exit status", run(err, out, d, "train %s %s --out %s/%s --resume", base, long_run, d, name), 0, "%s", name);
         static const char *const files[] = {"model.bin", "optimizer.bin", "ema.bin"};
         for (int k = 0; k < 3; k++) {
             snprintf(path[0], sizeof path[0], "%s/whole/%s", d, files[k]);
@@ -1350,7 +1354,7 @@ static void check_command_line(const char *d) {
     // a writer stopped after the first of its three renames
     snprintf(path[0], sizeof path[0], "cp -r %s/whole %s/between && cd %s/between && mv model.bin model.bin.tmp && mv ema.bin ema.bin.tmp && cp %s/step20.bin model.bin", d, d, d, d);
     check("copy", system(path[0]), 0, "a checkpoint");
-    check("recovers an unfinished checkpoint", run(err, out, d, "train %s --val-data %s/data2.bin %s --out %s/between --resume", base, d, long_run, d), 0, "model of step 40 still in model.bin.tmp");
+    check("recovers an unfinished checkpoint", run(err, out, d, "train %s %s --out %s/between --resume", base, long_run, d), 0, "model of step 40 still in model.bin.tmp");
     snprintf(path[0], sizeof path[0], "%s/whole/model.bin", d);
     snprintf(path[1], sizeof path[1], "%s/between/model.bin", d);
     check("recovers an unfinished checkpoint", files_differ(path[0], path[1]), 0, "bytes of model.bin");
@@ -1389,7 +1393,7 @@ static void check_command_line(const char *d) {
     expect_error(d, 2, "at most 1024", "train %s --threads 100000 --out %s/no", base, d);
     expect_error(d, 2, "1 to 65535", "info --vocab 2147483647");
     expect_error(d, 2, "two layers", "train %s --loop 4294967297:2 --out %s/no", base, d);
-    expect_error(d, 2, "too many rows", "train %s --val-rows 2147483647 --out %s/no", base, d);
+    expect_error(d, 2, "too many rows", "train %s --val-data %s/data2.bin --val-rows 2147483647 --out %s/no", base, d, d);
     expect_error(d, 2, "beyond --steps", "train %s %s --out %s/whole --resume --steps 3", base, long_run, d);
     expect_error(d, 2, "would overwrite --input", "tokenize --tokenizer %s/test.tok --input %s/text --output %s/text", d, d, d);
     expect_error(d, 1, "device or pipe", "tokenize --tokenizer %s/test.tok --input %s/text --output /dev/null", d, d);
@@ -1409,7 +1413,23 @@ static void check_command_line(const char *d) {
     expect_error(d, 2, "was begun with --ema", "train %s %s --ema 0 --out %s/whole --resume", base, long_run, d);
     snprintf(path[0], sizeof path[0], "sed s/aaa/aab/ %s/test.tok >%s/other.tok", d, d);
     check("make", system(path[0]), 0, "another tokenizer of the same size");
-    expect_error(d, 2, "is not the one this run was begun with", "train %s %s --tokenizer %s/other.tok --out %s/whole --resume", base, long_run, d, d);
+    expect_error(d, 2, "which is there already: give that one", "train %s %s --tokenizer %s/other.tok --out %s/whole --resume", base, long_run, d, d);
+    // a folder that has something already: shards to train on, a log with other columns, another tokenizer
+    for (int i = 0; i < 2; i++) {
+        snprintf(path[0], sizeof path[0], "mkdir %s/data%d; cp %s/data.bin %s/data%d/%s", d, i, d, d, i, i ? "optimizer.bin" : "ema.bin");
+        check("make", system(path[0]), 0, "a folder with data");
+        expect_error(d, 2, "would overwrite", "train %s --steps 1 --%s %s/data%d/%s --out %s/data%d", base, i ? "val-data" : "data", d, i, i ? "optimizer.bin" : "ema.bin", d, i);
+    }
+    expect_error(d, 2, "other columns", "train %s %s --loops 1 --out %s/whole --resume", base, long_run, d);
+    snprintf(path[0], sizeof path[0], "mkdir %s/words; cp %s/other.tok %s/words/tokenizer.bin", d, d, d);
+    check("make", system(path[0]), 0, "a folder with another tokenizer");
+    expect_error(d, 2, "which is there already", "train %s --steps 1 --out %s/words", base, d);
+    expect_error(d, 1, "Not a directory", "train %s --steps 1 --out %s/test.tok", base, d);
+    expect_error(d, 1, "No such file", "train %s --steps 1 --out %s/nowhere/at/all --resume", base, d);
+    expect_error(d, 2, "no effect without --val-data", "train %s --steps 1 --loops 1 --out %s/no", base, d);
+    expect_error(d, 2, "would overwrite", "eval --model %s/whole --data %s/data2.bin --by-t %s/whole/log.csv", d, d, d);
+    expect_error(d, 2, "ends a text", "eval --model %s/whole --data %s/data2.bin --answers-after '<|endoftext|>'", d, d);
+    expect_error(d, 2, "no model takes more", "tokenize --tokenizer %s/test.tok --input %s/test.tok --output %s/no.bin --rows-of 65537", d, d, d);
     check_tasks(d);
     // templates and prompts
     expect_error(d, 1, "are possible", "sample --model %s/whole --fill '____ bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb bbbb'", d);

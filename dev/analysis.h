@@ -26,13 +26,8 @@ static FILE *csv_open(const char *path, const char *columns) {
 
 // Before anything is computed: can it be written, and without overwriting what is read?
 static void csv_check(const char *option, const char *path) {
-    static const char *const files[] = {"model.bin", "ema.bin", "optimizer.bin", "tokenizer.bin"};
-    for (int i = 0; i < 4; i++) keep_apart(option, path, "--model's", join_path(opt_model, files[i]));
-    glob_t g;
-    if (!glob(opt_data, 0, NULL, &g)) {
-        for (size_t i = 0; i < g.gl_pathc; i++) keep_apart(option, path, "--data", g.gl_pathv[i]);
-        globfree(&g);
-    }
+    for (int i = 0; i < NUM_MODEL_FILES; i++) keep_apart(option, path, "--model's", join_path(opt_model, model_files[i]));
+    keep_apart_from_data(option, path, "--data", opt_data);
     if (opt_tokenizer) keep_apart(option, path, "--tokenizer", opt_tokenizer);
     fclose(csv_open(path, ""));
     unlink(concat(path, ".tmp"));
@@ -284,6 +279,8 @@ static void eval_solutions(Model *m, int step, const Data *d, const Tokenizer *t
         }
         blocks = max_int(blocks, blocks_to_fill(row, T, mask, opt_block));
         if (opt_sudoku && (differs || !blanks)) die(FAILED, "%s: row %d is no puzzle with its solution after it", opt_data, 2 * r);
+        int given = data_given(d, solution, T);
+        if (opt_exact_match && isnan(final_number(solution + given, T - given, t))) die(FAILED, "%s: the answer in row %d has no number, which --exact-match compares", opt_data, r);
     }
     if (!n) die(FAILED, "%s has no puzzle with its solution after it", opt_data);
     if (sample_options(l, 1, 0).order == ORDER_THRESHOLD) num_steps = 1, steps[0] = 0; // as many as it takes

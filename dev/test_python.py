@@ -75,6 +75,10 @@ def check_tokenizer(text, name, *options):
     check(f"{name}: {len(AWKWARD)} awkward texts, that differ", sum(loopmdm_tokens(tokenizer, t) != theirs.encode(t).ids for t in AWKWARD))
     texts = list(every_character())
     check(f"{name}: every character, texts that differ", sum(loopmdm_tokens(tokenizer, t) != theirs.encode(t).ids for t in texts))
+    taken = os.path.join(folder, "val.bin")
+    before = open(taken, "rb").read()
+    check(f"{name}: an output that is read, without one line and the old file",
+          fails("--input val.bin", [sys.executable, "dev/data/tinystories.py", "--input", taken, "--out", folder, *options], "would overwrite") or open(taken, "rb").read() != before)
     return folder
 
 

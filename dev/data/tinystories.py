@@ -25,6 +25,7 @@ EOT = "<|endoftext|>"
 MAX_VOCAB = 65535           # tokens are uint16, and the program gives its mask the id after the last token
 TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+OUTPUTS = ("tokenizer.bin", "tokenizer.json", "train.bin", "val.bin")
 CHUNK = 1000                # stories encoded at once: enough for all cores, little memory
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
 GPT2 = "https://huggingface.co/openai-community/gpt2/resolve/main/{}"
@@ -204,6 +205,13 @@ def sources(args):
 
 def make(args):
     """Makes all files in args.out; they get their names at the end, together. Raises OSError or ValueError."""
+    made = [os.path.join(args.out, name) for name in OUTPUTS]
+    for path in made:
+        if os.path.isdir(path):
+            raise ValueError(f"--out: {path} is a folder; a file is to be written there")
+        for read in filter(None, (args.input, args.gpt2_vocab, args.gpt2_merges)):
+            if os.path.realpath(read) == os.path.realpath(path):
+                raise ValueError(f"--out: {path} would overwrite what is read; choose another folder")
     train_path, val_path, cut = sources(args)
     os.makedirs(args.out, exist_ok=True)
     if args.vocab == "gpt2":
@@ -216,7 +224,7 @@ def make(args):
         raise ValueError(f"{args.gpt2_vocab}: {len(tokens)} tokens, over {MAX_VOCAB}")
 
     with tempfile.TemporaryDirectory(prefix=".tinystories-", dir=args.out) as folder:
-        paths = {name: os.path.join(folder, name) for name in ("tokenizer.bin", "tokenizer.json", "train.bin", "val.bin")}
+        paths = {name: os.path.join(folder, name) for name in OUTPUTS}
         write_tokenizer_bin(paths["tokenizer.bin"], tokens, eot)
         with open(paths["tokenizer.json"], "w", encoding="utf-8") as f:
             f.write(tokenizer.to_str(pretty=True))

@@ -33,7 +33,7 @@ import gsm  # noqa: E402
 parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--quick", action="store_true", help="tiny models for a few steps: does it work?")
 parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), help="models at a time, each with one thread (default: one for each core)")
-parser.add_argument("--task", choices=("sudoku", "stories", "tinystories"), help="only this one, where an experiment has several")
+parser.add_argument("--task", choices=("sudoku", "stories", "tinystories", "problems"), help="only this one, where an experiment has several")
 given = parser.parse_args()
 if given.jobs < 1:
     parser.error("--jobs needs 1 or more")
@@ -120,6 +120,8 @@ def tokens_of(tokenizer):
 @functools.lru_cache(maxsize=None)
 def fingerprint(path):
     """A hash of a file that does not change while the experiment runs."""
+    if not os.path.exists(path):
+        raise Failure(f"there is no {path}; make experiments makes all that the experiments need")
     with open(path, "rb") as file:
         return hashlib.sha1(file.read()).hexdigest()[:12]
 
@@ -223,7 +225,9 @@ class Run:
                 log.seek(max(0, os.path.getsize(log.name) - 1000))
                 return float(log.read().split(b"\n")[-2].split(b",")[7])
         except (OSError, IndexError, ValueError):
-            return 0.0
+            if self.finished():
+                raise Failure(f"{self.folder}/log.csv is not whole: remove {self.folder}, and it is trained again") from None
+            return 0.0  # not begun yet
 
     def finished(self):
         return os.path.exists(os.path.join(self.folder, "done"))
@@ -295,11 +299,14 @@ def train(runs):
 
 
 def ask(r, *arguments, file=False):
-    """What the program prints about a trained model, or with file=True what it writes into a file, the value of the last argument. Kept beside the model."""
+    """
+    What the program prints about a trained model, or with file=True what it writes into a file, the value of the last argument. Kept beside the model;
+    what is kept but does not end with a line is not whole, and asked again.
+    """
     words = [str(word) for word in arguments]
     key = hashlib.sha1(" ".join(words + [fingerprint(word) for word in words if os.path.isfile(word)]).encode()).hexdigest()[:12]
     kept = os.path.join(r.folder, f"{words[0]}_{key}")
-    if not os.path.exists(kept):
+    if not os.path.exists(kept) or not open(kept, "rb").read().endswith(b"\n"):
         new = f"{kept}.{os.getpid()}"
         output = loopmdm(words[0], "--model", r.folder, *words[1:], *([new] if file else []), "--threads", 1)
         if not file:

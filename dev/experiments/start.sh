@@ -6,14 +6,17 @@
 #
 #     make build/stories_train.bin build/stories_val.bin build/sudoku_train.bin build/sudoku_val.bin && bash dev/experiments/start.sh
 set -euo pipefail
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f $out.tmp' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 out=dev/results/start.csv
 mkdir -p build/start dev/results
 echo "start,task,seed,step,nelbo_s1,nelbo_s2,nelbo_s4" >$out.tmp
 
-train() { # task, seed, and options of train
+train() { # in the background: task, seed, and options of train
     local folder=build/start/$1_$2
     rm -rf $folder
-    build/start/loopmdm train --data build/$1_train.bin --val-data build/$1_val.bin --out $folder --seed $2 --layers 4 --channels 64 --heads 4 --loop 1:3 --max-loops 4 \
+    exec build/start/loopmdm train --data build/$1_train.bin --val-data build/$1_val.bin --out $folder --seed $2 --layers 4 --channels 64 --heads 4 --loop 1:3 --max-loops 4 \
         --clip 0.5 --weight-decay 0.01 "${@:3}" >/dev/null
 }
 
