@@ -2068,7 +2068,7 @@ static int parse_list(const char *option, const char *text, int *list, int most)
     do {
         long S = strtol(text, &end, 10);
         if (end == text || (*end && *end != ',') || S < 1 || S > 100000 || n == most)
-            die(USAGE, "--%s takes %s from 1 to 100000, such as %s, not '%s'", option, most > 1 ? "up to 32 numbers" : "one number", most > 1 ? "4 or 1,2,4" : "4", all);
+            die(USAGE, "--%s takes at most %d number%s from 1 to 100000, such as %s, not '%s'", option, most, most > 1 ? "s" : "", most > 1 ? "4 or 1,2,4" : "4", all);
         list[n++] = (int)S;
         text = end + 1;
     } while (*end);
@@ -2362,7 +2362,7 @@ static int parse_taus(double *taus, int most, int max_loops, Loops *l) {
     const char *text = opt_adaptive;
     do {
         double tau = strtod(text, &end);
-        if (end == text || (*end && *end != ',') || !(tau >= 0) || n == most) die(USAGE, "--adaptive takes %s, such as 0.1, not '%s'", most > 1 ? "up to 32 numbers" : "one number", opt_adaptive);
+        if (end == text || (*end && *end != ',') || !(tau >= 0) || n == most) die(USAGE, "--adaptive takes at most %d number%s, such as 0.1, not '%s'", most, most > 1 ? "s" : "", opt_adaptive);
         taus[n++] = tau;
         text = end + 1;
     } while (*end);

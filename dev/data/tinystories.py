@@ -205,8 +205,7 @@ def sources(args):
 
 def make(args):
     """Makes all files in args.out; they get their names at the end, together. Raises OSError or ValueError."""
-    made = [os.path.join(args.out, name) for name in OUTPUTS]
-    for path in made:
+    for path in (os.path.join(args.out, name) for name in OUTPUTS):
         if os.path.isdir(path):
             raise ValueError(f"--out: {path} is a folder; a file is to be written there")
         for read in filter(None, (args.input, args.gpt2_vocab, args.gpt2_merges)):
