@@ -29,7 +29,7 @@ def measure(r):
 
 
 def experiment(task):
-    runs = {seed: r for (most, seed), r in models(task).items() if most == TRAINED}
+    runs = {seed: r for (_, seed), r in models(task, (TRAINED,)).items()}
     results = each("evaluating", measure, runs)
     save_csv(f"adaptive_{task}", ["measure", "criterion", "tau_or_loops", "seed", "mean_loops", "value"],
              [[what, way, key, seed, used, value] for seed, found in results.items() for (what, way), points in found.items() for key, (used, value) in points.items()])

@@ -26,7 +26,7 @@ def by_pass(r):
 
 
 def experiment(task):
-    runs = {seed: r for (most, seed), r in models(task).items() if most == TRAINED}
+    runs = {seed: r for (_, seed), r in models(task, (TRAINED,)).items()}
     results = each("measuring attention", by_pass, runs)
     save_csv(f"attention_{task}", ["layer", "loop", "seed", "to_masked_over_uniform"], [[layer, loop, seed, value] for seed, found in results.items() for (layer, loop), value in found.items()])
     layers = sorted({layer for layer, _ in results[1]})

@@ -11,10 +11,10 @@ MOST = (2, 4, 8, 12)
 USED = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
-def models(task):
-    """{(S_max, seed): run}, trained."""
+def models(task, choices=MOST):
+    """{(S_max, seed): run} for each of the choices of S_max, trained."""
     rate = tune(task)[1]["LoopMDM"]
-    runs = {(most, seed): run(task, LARGEST[task], seed, lr=rate, max_loops=most) for most in MOST for seed in SEEDS}
+    runs = {(most, seed): run(task, LARGEST[task], seed, lr=rate, max_loops=most) for most in choices for seed in SEEDS}
     train(runs.values())
     return runs
 
