@@ -1,7 +1,7 @@
 """
 10. Copying: does a model of stories learn to repeat a name, a colour or a thing that was told before, and how fast may its embeddings learn?
 
-The MDM of flops.py's largest budget, with the task's learning rate, its embeddings at the full rate and at a tenth of it (--wte-lr). Of held-out stories one word is blank that
+The MDM of flops.py's largest budget, and the same with embeddings that learn at the full rate, not at a tenth of it (--wte-lr). Of held-out stories one word is blank that
 stands elsewhere in the story at least twice; it is filled in in one step.
 """
 import random
@@ -9,7 +9,7 @@ import re
 
 from common import COLORS, MODELS, QUICK, SEEDS, TASKS, TERA, chosen, each, finish, mean, nelbo, one_part, print_table, run, save_csv, spread, train
 from few_steps import fill_in, fits, words_in_blanks, write_templates
-from flops import LARGEST
+from flops import LARGEST, tune
 
 SHARES = (1, 0.1)
 KINDS = {  # as in dev/data/stories.c
@@ -40,7 +40,8 @@ def cases():
 
 
 def experiment():
-    runs = {(share, seed): run("stories", LARGEST["stories"], seed, wte_lr=share, **MODELS["MDM"]) for share in SHARES for seed in SEEDS}
+    rate = tune("stories")[1]["MDM"]
+    runs = {(share, seed): run("stories", LARGEST["stories"], seed, lr=rate, wte_lr=share, **MODELS["MDM"]) for share in SHARES for seed in SEEDS}
     train(runs.values())
     found = cases()
 
