@@ -23,6 +23,7 @@ static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, fro
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 #endif
 #undef main
+#include <float.h>
 #include <sys/wait.h>
 
 // What goes into matrix products has 24 significant bits in fp32, 8 in bf16, where rounding changes a number by 2^-8 at most, and by
@@ -773,6 +774,13 @@ static void check_model(void) {
 }
 
 static void check_threads(void) {
+#ifdef __SSE__
+    volatile float least = FLT_MIN;
+    float sum = 0;
+    OMP(omp parallel num_threads(2) reduction(+ : sum))
+    sum += least / 2;
+    check("subnormal numbers are zero", sum > 0, 0, "in each of 2 threads");
+#endif
 #ifdef _OPENMP
     Config c = {100, 300, 320, 3, 3, 60, 1, 2, 4};
     Model m[2];
@@ -1545,6 +1553,7 @@ int main(int argc, char **argv) {
     char folder[] = "/tmp/test_loopmdm.XXXXXX", command[64];
     if (argc < 2) die(USAGE, "usage: test_loopmdm PROGRAM [REFERENCE FILE...], or test_loopmdm --digest, --layers or --out-of-bounds");
     program = argv[1];
+    flush_subnormals();
     if (!strcmp(program, "--digest")) {
         print_digest();
         return 0;
