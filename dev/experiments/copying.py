@@ -59,7 +59,7 @@ def experiment():
     ax = one_part()
     for i, share in enumerate(SHARES):
         for k, kind in enumerate(KINDS):
-            ax.bar(k + (i - 0.5) * 0.36, mean(copied[share, seed][kind] for seed in SEEDS), 0.34, color=COLORS[i], label=f"embeddings learn at {share:g} of the rate" if k == 0 else None)
+            ax.bar(k + (i - 0.5) * 0.36, mean(copied[share, seed][kind] for seed in SEEDS), 0.34, color=COLORS[i], label=f"embeddings' share of the learning rate: {share:g}" if k == 0 else None)
             ax.plot([k + (i - 0.5) * 0.36] * len(SEEDS), [copied[share, seed][kind] for seed in SEEDS], "k.")
     ax.set_xticks(range(len(KINDS)), list(KINDS))
     ax.grid(axis="x", visible=False)
