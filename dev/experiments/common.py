@@ -399,8 +399,8 @@ def show_by_steps(name, title, what, runs, results, reference=None):
     all_steps = list(dict.fromkeys(steps for _, steps in results["MDM", 1]))
     lines = [(model, S) for model, S in LINES if (model, 1) in runs]
     gflop = {(model, S): flops_by_loops(runs[model, 1])[S][0] / 1e9 for model, S in lines}
-    save_csv(name, ["model", "seed", "loops", "steps", "gflop_per_row", what],
-             [[model, seed, S, steps, steps * gflop[model, S], value] for (model, seed), found in results.items() for (S, steps), value in found.items()])
+    rows = [[model, seed, S, steps, steps * gflop[model, S], value] for (model, seed), found in results.items() for (S, steps), value in found.items()]
+    save_csv(name, ["model", "seed", "loops", "steps", "gflop_per_row", what], rows + ([[reference[0], "", "", "", "", reference[1]]] if reference else []))
     values = {(model, S): {steps: [results[model, seed][S, steps] for seed in SEEDS] for steps in all_steps} for model, S in lines}
     form = "{:.1f}" if "%" in what else "{:.3f}"
     print_table(f"{title}: {what}, by denoising steps; mean (lowest to highest) of {len(SEEDS)} seeds", ["model", "GFLOP per row and step", *all_steps],
