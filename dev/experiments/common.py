@@ -82,7 +82,7 @@ PROBLEMS = {**SMALL, "seq-len": 72, "batch": 8}
 TASKS = {
     # There are 28,200,960 boards of 6x6. 1 % of the held-out ones are among the 300,000 of training
     "sudoku": Task("build/sudoku_train.bin", "build/sudoku_val.bin", "build/sudoku_train.tok", 16384, {**SMALL, "fixed-rows": "", "seq-len": 36, "batch": 32, "lr": 2e-3}, "nats per cell", 17.15481 / 36),
-    # A story a row; embeddings that learn slowly, which copying.py shows to be no better and no worse
+    # A story a row; embeddings that learn slowly, which copying.py shows to be no better
     "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok", 4096, {**SMALL, "fixed-rows": "", "seq-len": 96, "batch": 8, "lr": 2e-3, "wte-lr": 0.1}),
     "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin", "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64, "batch": 8, "lr": 2e-3}),
     "problems": Task("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok", 4096, {**PROBLEMS, "fixed-rows": "", "lr": 2e-3}),
