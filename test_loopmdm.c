@@ -1360,7 +1360,8 @@ static void check_command_line(const char *d) {
     }
 
 #if defined(__SSE__) && !defined(TEST_CUDA)
-    // biases begin at zero; unless the program flushes them, their first step, of 1e-42, leaves them subnormal: known by their bits, as here they are zeros too
+    // biases begin at zero; their first step, of half of --lr in a warmup of two, leaves them subnormal unless the program flushes such numbers. This
+    // program, which flushes them too, can tell them by their bits alone
     check("train, exit status", run(err, out, d, "train %s --channels 64 --seq-len 64 --steps 1 --lr 2e-42 --out %s/still", base, d), 0, "--lr 2e-42");
     snprintf(path[0], sizeof path[0], "%s/still/model.bin", d);
     size_t size, subnormal = 0;
@@ -1370,6 +1371,7 @@ static void check_command_line(const char *d) {
         memcpy(&bits, file + i, sizeof bits);
         subnormal += !(bits & 0x7f800000) && bits & 0x7fffff;
     }
+    munmap((void *)file, size);
     check("subnormal numbers are zero", subnormal, 0, "parameters after a step of 1e-42");
 #endif
 
