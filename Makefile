@@ -1,189 +1,223 @@
-# make          builds loopmdm (and finds out what the compiler can do)
-# make train    builds, writes stories, trains, evaluates, samples: 2 to 4 minutes on 2 cores, cc and make alone
-# make check    checks the C program against the reference files in the repository: cc alone
-# make test     every check, with PyTorch and Hugging Face tokenizers, which it installs into .venv
-# make experiments  what looping gains, with tables and plots (dev/experiments): hours; QUICK=1 shows in a minute that they work; TINYSTORIES=FILE adds real text
-# make bench    speed and memory beside PyTorch: an hour and more (dev/bench)
-# make clean    removes what was built, the trained model too
+# make              builds loopmdm, after it has found out what the compiler can do
+# make train        builds, writes stories, trains, evaluates, samples: 2 to 4 minutes on 2 cores
+# make check        checks the program against the reference files here: needs only cc
+# make test         every check, with PyTorch and Hugging Face tokenizers, installed into .venv
+# make style        figures of how readable loopmdm.c is, and their limits (python3)
+# make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
+#                   that they work. TINYSTORIES=FILE adds real text
+# make bench        speed and memory beside PyTorch: an hour and more
+# make clean        removes what was built, the trained model too
 #
-# make loopmdm_cuda         builds loopmdm.cu for this machine's GPU with nvcc; PRECISION=fp32 for verification (bf16 if not said)
-# make loopmdm_cuda_on_cpu  builds loopmdm.cu with a C++ compiler, its kernels running on the CPU (dev/cuda_on_cpu.h)
-# make test_cuda            checks loopmdm.cu on a GPU;  make test_cuda_on_cpu  anywhere, and more closely, a part of make test
-# make studies              dev/cuda: kernels from naive to fast, checked on the CPU emulation;  make studies_cuda  and measured on a GPU
+# make loopmdm_cuda         builds for this machine's GPU with nvcc. PRECISION=fp32 for checks
+# make loopmdm_cuda_on_cpu  builds the same kernels for the CPU (dev/cuda_on_cpu)
+# make test_cuda            checks loopmdm.cu on a GPU; make test_cuda_on_cpu on any computer
+# make studies              kernels from naive to fast (dev/cuda), checked on the CPU
+# make studies_cuda         the same, checked and timed on a GPU
 #
-# OPENMP= builds for one thread; ARCH= builds for any CPU of this kind, not just this one; GPU=sm_90 for another GPU than this one.
+# OPENMP= builds for one thread. ARCH= builds for any CPU of this kind, not just this one.
+# GPU=sm_90 builds for another GPU than the one that is here.
 
 CC ?= cc
 CXX ?= g++
 NVCC ?= nvcc
 WARNINGS = -Wall -Wextra -Werror
-# -ffp-contract=fast joins a*b+c into one instruction; the other two let square roots and comparisons be vectorized.
-OPTIMIZE = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+# -ffp-contract=fast makes a*b+c one instruction. The other two let the compiler use vectors for
+# square roots and comparisons.
+FLOATS = -ffp-contract=fast -fno-math-errno -fno-trapping-math
 HASH := \#
-works = $(shell mkdir -p build && echo '$(2) int main(void) { return 0; }' | tr '@' '\n' | $(CC) -x c $(1) -o build/probe - >build/probe.log 2>&1 && echo $(1))
+works = $(shell mkdir -p build && echo '$(2) int main(void) { return 0; }' | tr '@' '\n' | \
+	$(CC) -x c $(1) -o build/probe - >build/probe.log 2>&1 && echo $(1))
 ARCH := $(call works,-march=native,)
 OPENMP := $(call works,-fopenmp,$(HASH)include <omp.h>@)
-CFLAGS = -std=c11 $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
-CXXFLAGS = -std=c++17 -I. $(OPTIMIZE) $(ARCH) $(OPENMP) $(WARNINGS)
+CFLAGS = -std=c11 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS)
+CXXFLAGS = -std=c++17 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS)
 PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
 $(if $(BF16_$(PRECISION)),,$(error PRECISION=$(PRECISION): choose bf16 or fp32))
 GPU = native
-NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings -Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
+NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings \
+	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
 
-# A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. On a machine with other work to do that can cost nearly
-# all the speed, so it sleeps sooner; nothing is lost on an idle one.
+# A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. That can cost nearly
+# all speed when other programs need the cores, so it sleeps sooner. An idle machine loses nothing.
 export GOMP_SPINCOUNT ?= 3000
 
-HEADERS = dev/analysis.h dev/watch.h dev/data/tokenizer.h dev/data/unicode.h
+# dev/tools.c includes the others.
+PROGRAM = dev/tools.c loopmdm.c $(wildcard dev/*.h dev/tokenizer/*.h)
 
 all: loopmdm
 
-# Built again when the compiler or its options change.
+# These files change with the compiler or its options, and what depends on them is built again.
+remember = @mkdir -p build && echo '$(1)' | cmp -s - $@ || echo '$(1)' >$@
 build/flags: FORCE
-	@mkdir -p build && echo '$(CC) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS)' >$@
+	$(call remember,$(CC) $(CFLAGS))
 build/cxx_flags: FORCE
-	@mkdir -p build && echo '$(CXX) $(CXXFLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS)' >$@
-build/precision: FORCE
-	@mkdir -p build && echo '$(PRECISION)' | cmp -s - $@ || echo '$(PRECISION)' >$@
+	$(call remember,$(CXX) $(CXXFLAGS))
 build/nvcc_flags: FORCE
-	@mkdir -p build && echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' >$@
+	$(call remember,$(NVCC) $(NVCCFLAGS))
+build/precision: FORCE
+	$(call remember,$(PRECISION))
 FORCE:
 
-loopmdm: loopmdm.c $(HEADERS) build/flags
+# ---- the program and its test ----
+
+loopmdm: $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm
 
-# loopmdm.cu: program and test, in both precisions, for the GPU and for the CPU. sed turns launches into calls; see dev/cuda_on_cpu.h.
-SOURCES = loopmdm.cu loopmdm.c $(HEADERS)
-PREPARE = (echo '$(HASH)line 1 "$<"'; grep '^        s/' dev/cuda_on_cpu.h | sed -E -f /dev/stdin $<) >$@
-build/loopmdm_on_cpu.cpp: loopmdm.cu dev/cuda_on_cpu.h
+build/test_loopmdm: test_loopmdm.c $(PROGRAM) build/flags
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+# ---- loopmdm.cu: program and test in both precisions, for the GPU and for the CPU ----
+
+build/%_on_cpu.cpp: %.cu dev/cuda_on_cpu/launches.sed
 	@mkdir -p build
-	$(PREPARE)
+	(echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed $<) >$@
 
-build/loopmdm_on_cpu_%: build/loopmdm_on_cpu.cpp $(SOURCES) build/cxx_flags
-	$(CXX) $(CXXFLAGS) -DBF16=$(BF16_$*) $< -o $@
+ON_CPU = $(CXX) -x c++ $(CXXFLAGS) -DBACKEND='"build/loopmdm_on_cpu.cpp"'
+EMULATION = build/loopmdm_on_cpu.cpp dev/cuda_on_cpu/cuda_on_cpu.h build/cxx_flags
+build/loopmdm_on_cpu_%: $(PROGRAM) $(EMULATION)
+	$(ON_CPU) -DBF16=$(BF16_$*) $< -o $@
+build/test_on_cpu_%: test_loopmdm.c $(PROGRAM) $(EMULATION)
+	$(ON_CPU) -DBF16=$(BF16_$*) $< -o $@
 
-build/test_on_cpu_%: test_loopmdm.c build/loopmdm_on_cpu.cpp $(SOURCES) build/cxx_flags
-	$(CXX) -x c++ $(CXXFLAGS) -DBF16=$(BF16_$*) -DTEST_CUDA='"build/loopmdm_on_cpu.cpp"' $< -o $@
-
-build/loopmdm_cuda_%: $(SOURCES) build/nvcc_flags
-	$(NVCC) $(NVCCFLAGS) -DBF16=$(BF16_$*) $< -o $@
-
-build/test_cuda_%: test_loopmdm.c $(SOURCES) build/nvcc_flags
-	$(NVCC) -x cu $(NVCCFLAGS) -DBF16=$(BF16_$*) -DTEST_CUDA='"loopmdm.cu"' $< -o $@
-
-# dev/cuda: studies of three kernels; loopmdm.c's functions say what is right
-STUDIES = matmul attention head
-.SECONDARY:
-build/study_cpu.o: dev/cuda/cpu.c loopmdm.c $(HEADERS) build/flags
-	$(CC) $(CFLAGS) -c $< -o $@
-
-build/study_%.cpp: dev/cuda/%.cu dev/cuda_on_cpu.h
-	@mkdir -p build
-	$(PREPARE)
-
-build/study_%_on_cpu: build/study_%.cpp build/study_cpu.o build/loopmdm_on_cpu.cpp dev/cuda/study.h $(SOURCES) build/cxx_flags build/precision
-	$(CXX) $(CXXFLAGS) -Idev/cuda -DBF16=$(BF16_$(PRECISION)) -DLOOPMDM_PREPARED='"build/loopmdm_on_cpu.cpp"' $< build/study_cpu.o -o $@ -lm
-
-build/study_%_cuda: dev/cuda/%.cu build/study_cpu.o dev/cuda/study.h $(SOURCES) build/nvcc_flags build/precision
-	$(NVCC) $(NVCCFLAGS) $(if $(OPENMP),-Xcompiler $(OPENMP)) -DBF16=$(BF16_$(PRECISION)) $< build/study_cpu.o -o $@
-
-studies: $(STUDIES:%=build/study_%_on_cpu)
-	for study in $(STUDIES); do build/study_$${study}_on_cpu || exit 1; done
-
-studies_cuda: $(STUDIES:%=build/study_%_cuda)
-	for study in $(STUDIES); do build/study_$${study}_cuda || exit 1; done
+ON_GPU = $(NVCC) -x cu $(NVCCFLAGS) -DBACKEND='"loopmdm.cu"'
+build/loopmdm_cuda_%: $(PROGRAM) loopmdm.cu build/nvcc_flags
+	$(ON_GPU) -DBF16=$(BF16_$*) $< -o $@
+build/test_cuda_%: test_loopmdm.c $(PROGRAM) loopmdm.cu build/nvcc_flags
+	$(ON_GPU) -DBF16=$(BF16_$*) $< -o $@
 
 loopmdm_cuda: build/loopmdm_cuda_$(PRECISION) FORCE
 	cp $< $@
-
 loopmdm_cuda_on_cpu: build/loopmdm_on_cpu_$(PRECISION) FORCE
 	cp $< $@
 
+# ---- dev/cuda: studies of three kernels. loopmdm.c's functions say what is right ----
+
+STUDIES = matmul attention head
+.SECONDARY:
+build/study_cpu.o: dev/cuda/cpu.c $(PROGRAM) build/flags
+	$(CC) $(CFLAGS) -c $< -o $@
+
+build/study_%.cpp: dev/cuda/%.cu dev/cuda_on_cpu/launches.sed
+	@mkdir -p build
+	(echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed $<) >$@
+
+STUDY = build/study_cpu.o dev/cuda/study.h $(PROGRAM) loopmdm.cu build/precision
+# -O1: they take a second to run, but with -O3 fourteen to compile.
+build/study_%_on_cpu: build/study_%.cpp $(STUDY) $(EMULATION)
+	$(CXX) $(CXXFLAGS) -O1 -DBACKEND='"build/loopmdm_on_cpu.cpp"' -DBF16=$(BF16_$(PRECISION)) $< \
+		build/study_cpu.o -o $@ -lm
+build/study_%_cuda: dev/cuda/%.cu $(STUDY) build/nvcc_flags
+	$(NVCC) $(NVCCFLAGS) $(if $(OPENMP),-Xcompiler $(OPENMP)) -DBACKEND='"loopmdm.cu"' \
+		-DBF16=$(BF16_$(PRECISION)) $< build/study_cpu.o -o $@
+
+studies: $(STUDIES:%=build/study_%_on_cpu)
+	for study in $(STUDIES); do build/study_$${study}_on_cpu || exit 1; done
+studies_cuda: $(STUDIES:%=build/study_%_cuda)
+	for study in $(STUDIES); do build/study_$${study}_cuda || exit 1; done
+
+# ---- make train. It goes on where an interrupted one stopped; make clean begins anew ----
+
 build/stories build/arithmetic build/sudoku: build/%: dev/data/%.c dev/data/generator.h
-	mkdir -p build
+	@mkdir -p build
 	$(CC) -std=c11 -O2 $(WARNINGS) $< -o $@
 
-build/test_loopmdm: test_loopmdm.c loopmdm.c $(HEADERS) build/flags
-	$(CC) $(CFLAGS) $< -o $@ -lm
-
-# The main job. It continues where an interrupted one stopped; make clean begins anew.
 TOKENIZER = dev/data/stories.tok
 STORIES = build/stories_train.bin build/stories_val.bin
+SEED = $(if $(filter train,$*),1,2)
 
 build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
-	build/stories --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,4200) --output build/stories_$*.txt
-	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 --input build/stories_$*.txt --output $@
+	build/stories --seed $(SEED) --count $(if $(filter train,$*),100000,4200) \
+		--output build/stories_$*.txt
+	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 \
+		--input build/stories_$*.txt --output $@
 
-TRAIN = --fixed-rows --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 --batch 4 --steps 10000 --lr 3e-3 --warmup 300 \
-	--clip 0.5 --weight-decay 0.01 --val-every 2000 --save-every 1000
-FILL = 'Lily had a blue ____ and played with it every day. One day, she could not ____ it. She looked under the ____, but it was not ____.'
+TRAIN = --fixed-rows --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 \
+	--batch 4 --steps 10000 --lr 3e-3 --warmup 300 --clip 0.5 --weight-decay 0.01 \
+	--val-every 2000 --save-every 1000
+FILL = 'Kate had a small ____ to eat in the field. Then Tom came ____, but he had nothing to ____.'
 train: loopmdm $(STORIES)
-	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin --tokenizer $(TOKENIZER) --out build/run \
-		$(TRAIN) $(if $(wildcard build/run/model.bin),--resume)
+	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin \
+		--tokenizer $(TOKENIZER) --out build/run $(TRAIN) \
+		$(if $(wildcard build/run/state.bin),--resume)
 	./loopmdm eval --model build/run --data build/stories_val.bin --loops 1,2,3,4,6,8 --rows 1024
 	./loopmdm sample --model build/run -n 3 --steps 96 --temperature 0.7 --block 8
 	./loopmdm sample --model build/run --fill $(FILL) --temperature 0
 
+# ---- checks ----
+
 check: loopmdm build/test_loopmdm
 	build/test_loopmdm ./loopmdm dev/reference/*.bin
 
+style:
+	python3 dev/test/style.py
+
 .venv/ready: dev/requirements.txt
-	python3 -m venv .venv || { echo 'make test needs python3 with its venv module (on Debian: apt install python3-venv)'; exit 1; }
+	python3 -m venv .venv || { echo 'make test needs python3 with its venv module' \
+		'(on Debian: apt install python3-venv)'; exit 1; }
 	.venv/bin/pip install -q -r dev/requirements.txt
 	touch $@
 
-PAIR = $(1)_fp32 $(1)_bf16
-ON_CPU = $(call PAIR,build/loopmdm_on_cpu) $(call PAIR,build/test_on_cpu)
-ON_GPU = $(call PAIR,build/loopmdm_cuda) $(call PAIR,build/test_cuda)
-test_cuda: loopmdm $(ON_GPU) $(STORIES)
-	bash dev/test_cuda.sh cuda
+BOTH = $(1)_fp32 $(1)_bf16
+TEST_ON_CPU = $(call BOTH,build/loopmdm_on_cpu) $(call BOTH,build/test_on_cpu) \
+	$(STUDIES:%=build/study_%_on_cpu)
+TOOLS = CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)'
 
-test_cuda_on_cpu: loopmdm $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(STORIES)
-	CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test_cuda.sh on_cpu
+test_cuda: loopmdm $(call BOTH,build/loopmdm_cuda) $(call BOTH,build/test_cuda) $(STORIES)
+	$(TOOLS) bash dev/test/test_cuda.sh cuda
+test_cuda_on_cpu: loopmdm $(TEST_ON_CPU) $(STORIES)
+	$(TOOLS) bash dev/test/test_cuda.sh on_cpu
 
 test:
-	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku $(ON_CPU) $(STUDIES:%=build/study_%_on_cpu) $(EXPERIMENT_DATA)
-	CC='$(CC)' CXX='$(CXX)' NVCC='$(NVCC)' ARCH='$(ARCH)' OPENMP='$(OPENMP)' bash dev/test.sh
+	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm $(TEST_ON_CPU) $(EXPERIMENT_DATA)
+	$(TOOLS) bash dev/test/test.sh
 
-# dev/bench: where the time of a step goes (a program), and what bench.py cannot time from outside (the same file as a library)
-HELPERS = gemm,exp_fast,largest_of,scratch,_int,random,mix64,noise_level,becomes_mask,tensor,seconds,pass_acts,pass_input,data_row,data_given,float_order,omp_fn
-build/profile: dev/bench/profile.c loopmdm.c $(HEADERS) build/flags
-	$(CC) $(CFLAGS) -finstrument-functions -finstrument-functions-exclude-function-list=$(HELPERS) $< -o $@ -lm
+# ---- dev/bench: where the time of a step goes, and what bench.py cannot time from outside ----
 
-build/profile.so: dev/bench/profile.c loopmdm.c $(HEADERS) build/flags
+# Small functions are not timed: the hooks would take longer than they do.
+SMALL = exp_and_sum,_int,random_,mix64,noise_level,becomes_mask,sequences,seconds,omp_fn
+build/profile: dev/bench/profile.c $(PROGRAM) build/flags
+	$(CC) $(CFLAGS) -finstrument-functions -finstrument-functions-exclude-file-list=dev/gemm.h \
+		-finstrument-functions-exclude-function-list=$(SMALL) $< -o $@ -lm
+build/profile.so: dev/bench/profile.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) -shared -fPIC $< -o $@ -lm
 
 bench: .venv/ready loopmdm build/profile build/profile.so
 	build/profile
-	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite --loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
+	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite \
+		--loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
 
-# dev/experiments: does looping pay? In order; each goes on where it was interrupted. QUICK=1 shows that each works.
-EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions copying
-EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+# ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
+
+EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
+	copying
+EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
+	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	$(if $(TINYSTORIES),build/tinystories/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
-	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py $(if $(filter 1,$(QUICK)),--quick) || exit 1; done
+	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py \
+		$(if $(filter 1,$(QUICK)),--quick) || exit 1; done
 
 build/sudoku_%.bin: build/sudoku
-	build/sudoku --size 6 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),300000,16384) --output $@ --tokenizer build/sudoku_$*.tok
-
+	build/sudoku --size 6 --seed $(SEED) --count $(if $(filter train,$*),300000,16384) \
+		--output $@ --tokenizer build/sudoku_$*.tok
 build/puzzles10.bin: build/sudoku
 	build/sudoku --size 6 --givens 10 --seed 2 --count 1000 --output $@
-
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt
 	build/stories --seed 3 --count 1000 --templates --output $@
-
-build/tinystories/train.bin: $(TINYSTORIES) | .venv/ready
-	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab 512 --out build/tinystories
-
 build/problems1_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
-	build/arithmetic --steps 1 --largest 20 --seed $(if $(filter train,$*),1,2) --count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
-	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 --input build/problems1_$*.txt --output $@
+	build/arithmetic --steps 1 --largest 20 --seed $(SEED) \
+		--count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
+	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 \
+		--input build/problems1_$*.txt --output $@
+build/tinystories/train.bin: $(TINYSTORIES) | .venv/ready
+	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab 512 \
+		--out build/tinystories
 
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check bench experiments test test_cuda test_cuda_on_cpu studies studies_cuda clean FORCE
+.PHONY: all train check style test test_cuda test_cuda_on_cpu studies studies_cuda bench \
+	experiments clean FORCE

@@ -1,9 +1,10 @@
-// What is right, for the kernel studies: functions of loopmdm.c under names that they can link to.
+// What is right, for the kernel studies: functions of loopmdm.c under names to link to.
 #define main loopmdm_main
-#include "../../loopmdm.c"
+#include "../tools.c"
 #undef main
 
-void cpu_matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int M, int C, int OC) {
+void cpu_matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int M,
+                        int C, int OC) {
     matmul_forward(out, inp, weight, bias, M, C, OC);
 }
 
@@ -11,12 +12,13 @@ void cpu_attention_forward(float *out, float *lse, const float *qkv, int B, int 
     attention_forward(out, lse, qkv, B, T, C, NH);
 }
 
-void cpu_attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T, int C, int NH) {
+void cpu_attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse,
+                            int B, int T, int C, int NH) {
     attention_backward(dqkv, dout, qkv, lse, B, T, C, NH);
 }
 
-// logits (R,V) -> dlogits (R,V) in their place
-void cpu_crossentropy(float *losses, float *logits, const float *weights, const int *targets, const int *rows, int R, int V) {
-    crossentropy_forward(losses, logits, targets, rows, R, V);
-    crossentropy_backward(logits, weights, targets, rows, R, V);
+// logits (R,V) become their gradient, in place.
+void cpu_crossentropy(float *losses, float *logits, const float *weights, const int *targets,
+                      const int *positions, int R, int V) {
+    crossentropy(losses, logits, weights, targets, positions, R, V);
 }

@@ -1,17 +1,17 @@
 /*
- * generator.h - what stories.c, arithmetic.c and sudoku.c, which write data from a seed, have in
- * common: errors, command line, files and random numbers. The standard headers come along.
+ * generator.h - what stories.c, arithmetic.c and sudoku.c share: errors, the command line, output
+ * files and random numbers.
  *
- * Each of them includes this file before any other header, as it says which functions the others
- * are to declare, and before that defines
+ * Include this file first: it sets _POSIX_C_SOURCE, which the system's headers read. It includes
+ * the standard headers itself. Define two macros before it:
  *
- *   PROGRAM   its name, with which its error messages begin
- *   OUTPUT    what they say to choose another of when a file cannot be written, as "--output"
+ *   PROGRAM   the name of the program; each error message begins with it
+ *   OUTPUT    the option that names the output file, for error messages, for example "--output"
  *
- * No function here returns an error: one line on standard error says what is wrong, and the
- * program ends, with status 2 if the command line is wrong and 1 if something else is.
+ * No function returns an error. If something is wrong, the program prints one line to standard
+ * error and exits: with status 2 if the command line is wrong, else with status 1.
  */
-#define _POSIX_C_SOURCE 200809L // fsync and fileno
+#define _POSIX_C_SOURCE 200809L // declares fsync and fileno
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
@@ -23,20 +23,20 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0])) // how many elements it has
+#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0])) // number of elements
 
-// A file to write, FILE. It is written as FILE.tmp and renamed when complete, so FILE is never half
-// written. The order of calls is output_to, start, whatever writes to `file`, finish, commit.
+// An output file, FILE. The program writes FILE.tmp and renames it at the end, so FILE is always
+// complete. Call output_to, start, then write to `file`, then finish and commit.
 typedef struct Output {
-    const char *path;        // FILE, or NULL without output_to: start then takes standard output
-    char *temporary;         // FILE.tmp, from output_to to commit
+    const char *path;        // FILE; NULL without output_to, then start() uses standard output
+    char *temporary;         // FILE.tmp; set by output_to, freed by commit
     FILE *file;              // open from start to finish
-    struct Output *previous; // the file started before this one
+    struct Output *previous; // the file that was started before this one
 } Output;
 
 static Output *last_started;
 
-// Prints one line on standard error, removes the files that are not complete, and ends the program.
+// Prints one line to standard error, removes the incomplete files and exits.
 __attribute__((format(printf, 2, 3), noreturn))
 static void die(int status, const char *format, ...) {
     va_list args;
@@ -45,6 +45,7 @@ static void die(int status, const char *format, ...) {
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+
     for (Output *out = last_started; out; out = out->previous) {
         if (out->temporary) remove(out->temporary);
     }
@@ -54,19 +55,22 @@ static void die(int status, const char *format, ...) {
 // ------------------------------------------------------------------------------------------------
 // The command line
 
-// The value after the option argv[*i]; *i moves on to it.
+// Returns the value of the option argv[*i], which is the next argument, and moves *i to it.
 static const char *next_value(char **argv, int *i) {
     if (!argv[*i + 1] || !*argv[*i + 1]) die(2, "%s needs a value; try --help", argv[*i]);
     return argv[++*i];
 }
 
-// The value `text` of the option `name`, which must be decimal and from min to max.
+// Reads `text`, the value of the option `name`: a decimal number from min to max.
 static uint64_t whole_number(const char *name, const char *text, uint64_t min, uint64_t max) {
     char *end;
     errno = 0;
-    uint64_t n = strtoull(text, &end, 10); // takes " 7" and "-1" too: check for a digit
+    uint64_t n = strtoull(text, &end, 10);
+
+    // strtoull() accepts " 7" and "-1" too, so check that the first character is a digit.
     if (!isdigit((unsigned char)*text) || *end || errno || n < min || n > max) {
-        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'", name, min, max, text);
+        die(2, "%s needs a whole number from %" PRIu64 " to %" PRIu64 ", not '%s'",
+            name, min, max, text);
     }
     return n;
 }
@@ -74,47 +78,56 @@ static uint64_t whole_number(const char *name, const char *text, uint64_t min, u
 // ------------------------------------------------------------------------------------------------
 // Files
 
-// The two strings as one; the caller frees it.
+// Returns the two strings as one. The caller frees it.
 static char *join(const char *a, const char *b) {
     char *s = malloc(strlen(a) + strlen(b) + 1);
     if (!s) die(1, "out of memory");
     return strcat(strcpy(s, a), b);
 }
 
-// Says that `path` is FILE. Nothing is opened yet, as the rest of the command line may be wrong.
+// Sets the name of the output file. It opens nothing, because the rest of the command line may
+// still be wrong.
 static void output_to(Output *out, const char *path) {
-    free(out->temporary); // an option may be given twice: the last one counts
+    free(out->temporary); // an option can come twice: the last one counts
     out->path = path;
     out->temporary = join(path, ".tmp");
 }
 
-// Opens FILE.tmp, or takes standard output.
+// Opens FILE.tmp, or uses standard output if there is no FILE.
 static void start(Output *out) {
 #ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error like a full disk
+    signal(SIGXFSZ, SIG_IGN); // a file that is too large is then an error, like a full disk
 #endif
     out->file = stdout;
     if (!out->path) return;
+
+    // rename() would replace a device or a pipe by a file.
     struct stat info;
-    if (!stat(out->path, &info) && !S_ISREG(info.st_mode)) die(1, "%s is a folder, device or pipe; choose another " OUTPUT, out->path);
+    if (!stat(out->path, &info) && !S_ISREG(info.st_mode)) {
+        die(1, "%s is a folder, device or pipe; choose another " OUTPUT, out->path);
+    }
     out->file = fopen(out->temporary, "wb");
-    if (!out->file) die(1, "cannot create %s: %s; choose another " OUTPUT, out->temporary, strerror(errno));
+    if (!out->file) {
+        die(1, "cannot create %s: %s; choose another " OUTPUT, out->temporary, strerror(errno));
+    }
     out->previous = last_started;
     last_started = out;
 }
 
-// To be called at once after what failed: errno says why.
+// Reports a failed write. Call it directly after the failed call, because errno holds the reason.
 static void cannot_write(const Output *out) {
-    die(1, "cannot write %s: %s; free some space or choose another " OUTPUT, out->path ? out->path : "standard output", strerror(errno));
+    die(1, "cannot write %s: %s; free some space or choose another " OUTPUT,
+        out->path ? out->path : "standard output", strerror(errno));
 }
 
-// Makes sure that all is on the disk, as a full one may show only now.
+// Makes sure that everything is on the disk. A full disk may show only here.
 static void finish(Output *out) {
     if (ferror(out->file) || fflush(out->file)) cannot_write(out);
     if (out->path && (fsync(fileno(out->file)) || fclose(out->file))) cannot_write(out);
 }
 
-// FILE.tmp becomes FILE. If there are several files, finish all before the first is committed.
+// Renames FILE.tmp to FILE. A program with several files finishes all of them before it commits
+// the first.
 static void commit(Output *out) {
     if (out->path && rename(out->temporary, out->path)) cannot_write(out);
     free(out->temporary);
@@ -122,22 +135,25 @@ static void commit(Output *out) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Random numbers. Each is a hash of a key and of how many were drawn before it. Each story, problem
-// or board has a key of its own, a hash of the seed and its number; there is no generator whose state
-// passes from one to the next. So none of them depends on how many are written.
+// Random numbers. A number is a hash of a key and of how many numbers were drawn with this key
+// before. Each story, problem or board has its own key, made from the seed and its index. So story
+// 7 is the same whether 10 or 10,000 stories are written.
 
 typedef struct { uint64_t key, draws; } Random;
 
-// splitmix64's finalizer, in which any change of x changes about half of the bits; 2^64 / golden ratio
-// is added as its hash of 0 is 0. Several numbers are hashed one after the other: hash(hash(0, a), b).
+// The mixing steps of splitmix64: a change of one bit of the input changes about half of the bits
+// of the output. To hash several numbers, pass the result on: hash(hash(0, a), b).
 static uint64_t hash(uint64_t key, uint64_t n) {
+    // 2^64 / golden ratio. Without it the hash of 0 would be 0.
     uint64_t x = key + n + 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
 }
 
-// From 0 to n-1, each as likely to within n / 2^32.
+// Returns a number from 0 to n-1. Each has the same probability, up to an error of n / 2^32.
 static int random_below(Random *r, int n) {
-    return (int)((hash(r->key, r->draws++) >> 32) * (uint64_t)n >> 32);
+    uint64_t bits = hash(r->key, r->draws) >> 32;
+    r->draws++;
+    return (int)(bits * (uint64_t)n >> 32); // bits / 2^32 is from 0 to below 1
 }

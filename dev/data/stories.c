@@ -1,51 +1,47 @@
 /*
- * stories.c - writes simple children's stories, to train a tiny text model on.
+ * stories.c - writes simple children's stories, the training data for a tiny text model.
  *
  * A very small language model learns good English only if the English is very simple: few words,
- * short stories, clear cause and effect. This program makes any amount of such text without a
- * download. Early facts return later ("Tom had a red ball. ... There was the red ball!"), so
- * that a blanked-out word, the task of a masked diffusion model, often has just one right answer.
+ * short stories, clear cause and effect. This program writes any number of such stories without a
+ * download. Facts from the beginning return later ("Tom had a red ball. ... There was the red
+ * ball!"), so a masked word often has only one right answer.
  *
  *   cc -std=c11 -O2 -o stories stories.c
  *   ./stories --count 20000 --output stories.txt
  *
  * --help lists the options. The text is plain ASCII. A story is two short paragraphs, one line
- * each, and then a line <|endoftext|>. Story i depends only on the seed and on i, so a larger
- * --count only adds stories at the end, and another --seed gives another corpus.
+ * each, and then a line <|endoftext|>. Story i depends only on the seed and on i: a larger --count
+ * adds stories at the end, and another --seed gives other stories.
  *
- * With --templates each story becomes a task: a line in which a word chosen for this story is a
- * blank, ____, if it was told before, is one word and follows a space; the end of the first
- * paragraph is a blank too. The same seed without --templates gives the stories themselves, which
- * are the right answers.
+ * With --templates each story becomes a task on one line. A word that was chosen for this story
+ * becomes a blank, ____, if the story told it before, it is one word and it follows a space. The
+ * end of the first paragraph becomes a blank too. The same seed without --templates gives the right
+ * answers.
  *
- * With --output FILE the text goes to FILE.tmp, which is renamed when complete: FILE is never half
- * written. An error is one line on standard error; the exit status is then 2 if the command line
- * is wrong and 1 if the text could not be written.
+ * How a story is made. A plot (see the table below) is a list of entries, used in order:
  *
- * How a story is made. A plot (see the table below) is a list of rows, used in order:
- *
- *   "thing = ball|car"     chooses a word for this story: {thing} is now, say, "car". A different
- *                          one is chosen too: {thing2} is "ball".
- *   "{He} ran.|{He} sat."  any other row is a sentence or two. "|" separates wordings; one is
- *                          chosen. A "\n" in front starts the second paragraph.
+ *   "thing = ball|car"     chooses a word for this story: {thing} is now, for example, "car". It
+ *                          also chooses a different one: {thing2} is "ball".
+ *   "{He} ran.|{He} sat."  any other entry is a sentence or two. "|" separates wordings; the
+ *                          program chooses one. A "\n" in front starts the second paragraph.
  *
  * Within a sentence:
  *
  *   {thing} {thing2}       the words chosen for this story
- *   {Thing}                with a capital letter
- *   {a thing}              with "a" or "an" before it, whichever is right
- *   [one|two|three]        one of these, chosen on the spot
+ *   {Thing}                the word with a capital letter
+ *   {a thing}              the word after the right article, "a" or "an"
+ *   [one|two|three]        one of these, chosen here
  *
- * Some words are chosen for every story: those in `common`, and the cast. The hero is {name}, with
- * {he} {him} {his}; the friend, {name2} {he2} {him2} {his2}, is a girl if the hero is a boy and a
- * boy if she is a girl, so "he" and "she" are never in doubt. To add a plot, add it to the table.
+ * Every story has the words of `common` and of the cast. The hero is {name}, with {he} {him} {his};
+ * the friend is {name2}, with {he2} {him2} {his2}. If one is a boy, the other is a girl, so "he"
+ * and "she" are always clear. To add a plot, add it to the table.
  */
 #define PROGRAM "stories"
 #define OUTPUT "--output"
 #include "generator.h" // errors, command line, files, random numbers
 
 // ------------------------------------------------------------------------------------------------
-// The stories. Keep the words few: each new one is one more for the model to learn.
+// The stories. Use few different words: the model must learn each of them.
 
 static const struct { const char *slot, *boy, *girl; } cast[] = {
     {"name", "Tom|Ben|Sam|Max|Tim|Jack",
@@ -56,7 +52,7 @@ static const struct { const char *slot, *boy, *girl; } cast[] = {
 };
 
 static const char *const common[] = {
-    "look = red|blue|green|yellow|pink|orange", // a colour, unless the plot says
+    "look = red|blue|green|yellow|pink|orange", // a colour; some plots choose another kind of look
     "pet = cat|dog|rabbit|mouse",
     "parent = mom|dad",
     "place = park|garden|woods|field",
@@ -165,18 +161,22 @@ static const char *const plots[][16] = {
 // ------------------------------------------------------------------------------------------------
 // Making a story: choose words, fill them in
 
-#define BLANK "____" // of one token, in loopmdm's templates
+#define BLANK "____" // one blank token in a template of `loopmdm sample`
 
 typedef struct { const char *text; size_t len; } Span; // a piece of a string in the tables above
 
-typedef struct { Span name, word[2]; int told[2]; } Slot; // {name} stands for word[0], {name2} for word[1]; which were written already?
+// {name} stands for word[0], {name2} for word[1].
+typedef struct {
+    Span name, word[2];
+    int told[2];      // 1 if the story has written this word already
+} Slot;
 
 typedef struct {
     FILE *out;
-    Random random;    // its key is this story's
-    Slot slots[16];   // the cast, `common`, then what the plot chooses
+    Random random;    // its key belongs to this story
+    Slot slots[16];   // the cast, then `common`, then what the plot chooses
     int num_slots;
-    int templates;    // write a blank for what was told before
+    int templates;    // write a blank for a word that was told before
     char last;        // the last character written
 } Story;
 
@@ -184,13 +184,18 @@ static Span span(const char *from, const char *to) { return (Span){ from, (size_
 
 static Span whole(const char *text) { return (Span){ text, strlen(text) }; }
 
-// Option k of "a|b|c"; its text is NULL if there are not so many. A "|" within [...] is not ours.
+// Returns option k of "a|b|c", or a Span with text NULL if there are fewer options. A "|" inside
+// [...] belongs to the inner list.
 static Span option(Span list, int k) {
-    const char *start = list.text, *end = list.text + list.len;
-    int depth = 0;
+    const char *start = list.text; // of the present option
+    const char *end = list.text + list.len;
+    int depth = 0; // of brackets
+
+    // p == end ends the last option, so the loop goes one step too far on purpose.
     for (const char *p = start; p <= end; p++) {
         if (p == end || (*p == '|' && depth == 0)) {
-            if (k-- == 0) return span(start, p);
+            if (k == 0) return span(start, p);
+            k--;
             start = p + 1;
         } else {
             depth += (*p == '[') - (*p == ']');
@@ -219,42 +224,64 @@ static void put(Story *s, Span text) {
     fwrite(text.text, 1, text.len, s->out);
 }
 
-// Chooses two different words for the slot of a row such as "thing = ball|car".
-static void choose_slot(Story *s, const char *row, const char *equals) {
+// Chooses two different words for the slot of an entry such as "thing = ball|car".
+static void choose_slot(Story *s, const char *entry, const char *equals) {
     Span list = whole(equals + strlen(" = "));
-    int n = count_options(list), k = random_below(&s->random, n), k2 = (k + 1 + random_below(&s->random, n - 1)) % n;
-    add_slot(s, span(row, equals), option(list, k), option(list, k2));
+    int n = count_options(list);
+    int k = random_below(&s->random, n);
+    int k2 = (k + 1 + random_below(&s->random, n - 1)) % n; // any option except k
+
+    add_slot(s, span(entry, equals), option(list, k), option(list, k2));
 }
 
-// Writes the word for what stands within {...}: "thing", "thing2", "Thing" or "a thing"; or a blank.
-static void fill(Story *s, Span ask) {
-    int article = ask.len > 2 && memcmp(ask.text, "a ", 2) == 0;
-    if (article) ask = (Span){ ask.text + 2, ask.len - 2 };
-    int second = ask.text[ask.len - 1] == '2';
-    size_t len = ask.len - (size_t)second;
-    for (int i = s->num_slots; i-- > 0;) { // backwards: a plot's list hides the one in `common`
-        Slot *slot = &s->slots[i];
-        Span word = slot->word[second];
-        if (slot->name.len == len && slot->name.text[0] == tolower(ask.text[0]) &&
-            memcmp(slot->name.text + 1, ask.text + 1, len - 1) == 0) {
-            if (article) put(s, whole(strchr("aeiou", word.text[0]) ? "an " : "a "));
-            if (s->templates && slot->told[second] && s->last == ' ' && !memchr(word.text, ' ', word.len)) {
-                put(s, whole(BLANK));
-                return;
-            }
-            char first = isupper(ask.text[0]) ? (char)toupper(word.text[0]) : word.text[0];
-            put(s, (Span){ &first, 1 });
-            put(s, (Span){ word.text + 1, word.len - 1 });
-            slot->told[second] = 1;
-            return;
+// Finds the slot for "thing", "thing2" or "Thing"; *second becomes 1 for "thing2". It searches
+// backwards: a list of the plot hides the list of `common` with the same name.
+static Slot *find_slot(Story *s, Span ask, int *second) {
+    *second = ask.text[ask.len - 1] == '2';
+    size_t len = ask.len - (size_t)*second; // without the 2
+
+    for (int i = s->num_slots; i-- > 0;) {
+        Span name = s->slots[i].name;
+        // "Thing" asks for the slot "thing" too: only its first letter may be a capital.
+        if (name.len == len && name.text[0] == tolower(ask.text[0]) &&
+            memcmp(name.text + 1, ask.text + 1, len - 1) == 0) {
+            return &s->slots[i];
         }
     }
     die(1, "a plot asks for {%.*s}, which nothing chooses", (int)ask.len, ask.text);
 }
 
-// Chooses one of the wordings and writes it, with each {...} filled in and each [...] expanded too.
+// Writes what {...} stands for, or a blank. `ask` is the text between the braces: "thing",
+// "thing2", "Thing" or "a thing".
+static void fill(Story *s, Span ask) {
+    int article = ask.len > 2 && memcmp(ask.text, "a ", 2) == 0;
+    if (article) ask = (Span){ ask.text + 2, ask.len - 2 };
+
+    int second;
+    Slot *slot = find_slot(s, ask, &second);
+    Span word = slot->word[second];
+
+    if (article) put(s, whole(strchr("aeiou", word.text[0]) ? "an " : "a "));
+
+    // A token of the tokenizer is a word with the space before it, so a blank needs that space.
+    int one_word = !memchr(word.text, ' ', word.len);
+    if (s->templates && slot->told[second] && s->last == ' ' && one_word) {
+        put(s, whole(BLANK));
+        return;
+    }
+
+    // The words are lower-case, except the names. Only the first letter can change.
+    char first = isupper(ask.text[0]) ? (char)toupper(word.text[0]) : word.text[0];
+    put(s, (Span){ &first, 1 });
+    put(s, (Span){ word.text + 1, word.len - 1 });
+    slot->told[second] = 1;
+}
+
+// Chooses one of the wordings and writes it. {...} is filled in and [...] expanded in the same way.
 static void expand(Story *s, Span wordings) {
     Span t = choose(s, wordings);
+
+    // Braces and brackets are never nested in themselves, so the next "}" or "]" closes this one.
     for (const char *p = t.text, *close; p < t.text + t.len; p++) {
         if (*p == '{' && (close = strchr(p, '}'))) {
             fill(s, span(p + 1, close));
@@ -270,25 +297,36 @@ static void expand(Story *s, Span wordings) {
 
 static void write_story(FILE *out, uint64_t seed, uint64_t index, int templates) {
     Story s = { .out = out, .random = { hash(hash(0, seed), index), 0 }, .templates = templates };
+
+    // The words that every story has. If the hero is a girl, the friend is a boy. Both words are
+    // drawn in both cases, so that the number of draws does not depend on `girl`.
     int girl = random_below(&s.random, 2);
     for (int i = 0; i < COUNT(cast); i++) {
-        Span boy_word = choose(&s, whole(cast[i].boy)), girl_word = choose(&s, whole(cast[i].girl));
+        Span boy_word = choose(&s, whole(cast[i].boy));
+        Span girl_word = choose(&s, whole(cast[i].girl));
         add_slot(&s, whole(cast[i].slot), girl ? girl_word : boy_word, girl ? boy_word : girl_word);
     }
     for (int i = 0; i < COUNT(common); i++) {
         choose_slot(&s, common[i], strstr(common[i], " = "));
     }
+
+    // The entries of a plot. A shorter plot than the longest ends with NULL.
     const char *const *plot = plots[random_below(&s.random, COUNT(plots))];
     int sentences = 0;
     for (int i = 0; i < COUNT(plots[0]) && plot[i]; i++) {
-        const char *row = plot[i], *equals = strstr(row, " = ");
+        const char *entry = plot[i];
+        const char *equals = strstr(entry, " = ");
         if (equals) {
-            choose_slot(&s, row, equals);
-        } else {
-            int paragraph = *row == '\n';
-            if (sentences++) put(&s, whole(!paragraph ? " " : templates ? BLANK : "\n"));
-            expand(&s, whole(row + paragraph));
+            choose_slot(&s, entry, equals);
+            continue;
         }
+
+        // A sentence: a space or the end of the paragraph before it, then the text.
+        int paragraph = *entry == '\n';
+        if (paragraph) put(&s, whole(templates ? BLANK : "\n")); // never the first sentence
+        else if (sentences > 0) put(&s, whole(" "));
+        expand(&s, whole(entry + paragraph));
+        sentences++;
     }
     fputs(templates ? "\n" : "\n<|endoftext|>\n", out);
 }
@@ -298,33 +336,44 @@ static void write_story(FILE *out, uint64_t seed, uint64_t index, int templates)
 
 static const char usage[] =
     "usage: stories [--seed N] [--count N] [--templates] [--output FILE]\n"
-    "Writes simple children's stories, each followed by a line <|endoftext|>.\n"
-    "  --seed N       which corpus to write, 0 to 2^64-1 (default 1)\n"
+    "Writes simple children's stories. After each comes a line <|endoftext|>.\n"
+    "  --seed N       which stories to write, 0 to 2^64-1 (default 1)\n"
     "  --count N      how many stories, at least 1 (default 1000)\n"
-    "  --templates    write each as a line in which what the story has told before is ____, to be\n"
-    "                 filled in; the same seed without it gives the answers\n"
+    "  --templates    write each story as one line; words that it told before are blanks, ____.\n"
+    "                 The same seed without --templates gives the right answers\n"
     "  --output FILE  where to write them (default: standard output)\n"
     "  --help         show this text\n";
 
 int main(int argc, char **argv) {
-    uint64_t seed = 1, count = 1000;
+    uint64_t seed = 1;
+    uint64_t count = 1000;
     int templates = 0;
     static Output out;
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help")) {
+        const char *name = argv[i];
+        if (!strcmp(name, "--help")) {
             fputs(usage, stdout);
             finish(&(Output){.file = stdout});
             return 0;
         }
-        if (!strcmp(argv[i], "--seed")) seed = whole_number("--seed", next_value(argv, &i), 0, UINT64_MAX);
-        else if (!strcmp(argv[i], "--count")) count = whole_number("--count", next_value(argv, &i), 1, UINT64_MAX);
-        else if (!strcmp(argv[i], "--templates")) templates = 1;
-        else if (!strcmp(argv[i], "--output")) output_to(&out, next_value(argv, &i));
-        else die(2, "unknown option '%s'; try --help", argv[i]);
+        if (!strcmp(name, "--templates")) {
+            templates = 1;
+        } else if (!strcmp(name, "--seed")) {
+            seed = whole_number(name, next_value(argv, &i), 0, UINT64_MAX);
+        } else if (!strcmp(name, "--count")) {
+            count = whole_number(name, next_value(argv, &i), 1, UINT64_MAX);
+        } else if (!strcmp(name, "--output")) {
+            output_to(&out, next_value(argv, &i));
+        } else {
+            die(2, "unknown option '%s'; try --help", name);
+        }
     }
 
+    // A full disk stops the loop; finish() then reports it.
     start(&out);
-    for (uint64_t i = 0; i < count && !ferror(out.file); i++) write_story(out.file, seed, i, templates);
+    for (uint64_t i = 0; i < count && !ferror(out.file); i++) {
+        write_story(out.file, seed, i, templates);
+    }
     finish(&out);
     commit(&out);
     return 0;

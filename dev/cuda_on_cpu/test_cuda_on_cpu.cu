@@ -1,9 +1,9 @@
 /*
-Self-test of dev/cuda_on_cpu.h; test_cuda_on_cpu.sh builds it in several ways and runs it in each order. Without arguments it checks what
-kernels compute and prints one line for each check; with a number it makes the mistake of that number, or does what
-test_cuda_on_cpu.sh looks at (26, 27, 30).
+Test of dev/cuda_on_cpu/cuda_on_cpu.h. test_cuda_on_cpu.sh builds it in several ways and runs it in
+each order. Without arguments it checks what kernels compute and prints a line for each check. With
+a number it makes the mistake of that number, or does what test_cuda_on_cpu.sh looks at: 26, 27, 30.
 */
-#include "dev/cuda_on_cpu.h"
+#include "dev/cuda_on_cpu/cuda_on_cpu.h"
 
 static int failed;
 static void check(bool ok, const char *what) {
@@ -14,9 +14,11 @@ static void check(bool ok, const char *what) {
 static const unsigned FULL = 0xffffffff;
 enum { N = 160, ROUNDS = 3 };
 
-template <class T> struct Device { // memory, in which kernels and (by copies) the host read and write
+// Device memory. The host reads it by copies.
+template <class T> struct Device {
     T *p;
     int n;
+
     Device(int n, const T *from = nullptr) : n(n) {
         cudaMalloc(&p, n * sizeof(T));
         if (from) cudaMemcpy(p, from, n * sizeof(T), cudaMemcpyHostToDevice);
@@ -34,11 +36,14 @@ static uint32_t random_bits() {
     state = state * 6364136223846793005 + 1442695040888963407;
     return state >> 32;
 }
-static float random_float() { return (int)(random_bits() >> 20) / 1024.0f - 2; } // multiples of 2^-10: products are exact in fp32
-static uint16_t raw(float x) { return cuda_on_cpu::bits<uint16_t>(__float2bfloat16(x)); }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Barriers. Each round reverses the block: a barrier before the tile is read, and one after.
+// A multiple of 2^-10, so that products are exact in fp32
+static float random_float() { return (int)(random_bits() >> 20) / 1024.0f - 2; }
+static uint16_t raw(float x) { return cuda_on_cpu::bits<uint16_t>(__float2bfloat16(x)); }
+static __nv_bfloat16 from_raw(uint16_t x) { return cuda_on_cpu::bits<__nv_bfloat16>(x); }
+
+// -------------------------------------------------------------------------------------------------
+// Barriers. Each round reverses the block: one barrier before the tile is read, and one after.
 
 template <bool BEFORE, bool AFTER> __global__ void reverse(int *out) {
     __shared__ int tile[N];
@@ -55,7 +60,10 @@ template <bool BEFORE, bool AFTER> bool reverse_is_right() {
     Device<int> out(blocks * ROUNDS * N);
     reverse<BEFORE, AFTER><<<blocks, N>>>(out.p);
     auto x = out.read();
-    for (int i = 0; i < out.n; i++) if (x[i] != 1000 * (1 + i / N / ROUNDS) + 100 * (i / N % ROUNDS) + N - 1 - i % N) return false;
+    for (int i = 0; i < out.n; i++) {
+        int block = i / N / ROUNDS, round = i / N % ROUNDS;
+        if (x[i] != 1000 * (1 + block) + 100 * round + N - 1 - i % N) return false;
+    }
     return true;
 }
 
@@ -67,10 +75,11 @@ __global__ void warp_reverse(int *out, bool sync) { // with dynamic shared memor
 }
 
 __global__ void count_votes(int *out, int n) { // threads from n on have exited
-    if ((int)threadIdx.x >= n) return;
-    int a = __syncthreads_count(threadIdx.x % 3 == 0), b = __syncthreads_or(threadIdx.x == 77), c = __syncthreads_or(false);
-    int d = __syncthreads_and(true), e = __syncthreads_and(threadIdx.x != 77);
-    out[threadIdx.x] = a * 16 + b * 8 + c * 4 + d * 2 + e;
+    int t = threadIdx.x;
+    if (t >= n) return;
+    int a = __syncthreads_count(t % 3 == 0), b = __syncthreads_or(t == 77), c = __syncthreads_or(0);
+    int d = __syncthreads_and(true), e = __syncthreads_and(t != 77);
+    out[t] = a * 16 + b * 8 + c * 4 + d * 2 + e;
 }
 
 __global__ void poison(unsigned *out, int rounds) {
@@ -84,13 +93,15 @@ __global__ void poison(unsigned *out, int rounds) {
 __global__ void indices(int *out) {
     int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-    atomicAdd(&out[block * (blockDim.x * blockDim.y * blockDim.z) + thread], 1 + thread + 1000 * block);
+    int threads = blockDim.x * blockDim.y * blockDim.z;
+    atomicAdd(&out[block * threads + thread], 1 + thread + 1000 * block);
 }
 
 static void barriers() {
     check(reverse_is_right<true, true>(), "two barriers: right");
     check(!reverse_is_right<false, true>(), "no barrier before the tile is read: wrong");
     check(!reverse_is_right<true, false>(), "no barrier after the tile is read: wrong");
+
     Device<int> out(200);
     bool right[2];
     for (int sync = 0; sync < 2; sync++) {
@@ -100,15 +111,18 @@ static void barriers() {
         for (int i = 0; i < 64; i++) right[sync] &= x[i] == (i ^ 31);
     }
     check(right[1] && !right[0], "__syncwarp: right with, wrong without");
+
     count_votes<<<1, 200>>>(out.p, 150);
     auto x = out.read();
     bool ok = x[150] == -1;
     for (int i = 0; i < 150; i++) ok &= x[i] == 50 * 16 + 8 + 2;
     check(ok, "__syncthreads_count, _or, _and, and threads that have exited");
+
     std::vector<unsigned> ones(50, ~0u);
     Device<unsigned> bits(50, ones.data());
     poison<<<50, 1, 128>>>(bits.p, 32);
     check(bits.read() == ones, "shared memory starts as 0xFF in every block");
+
     std::vector<int> zeros(24 * 30), expected;
     Device<int> seen(24 * 30, zeros.data());
     indices<<<dim3(2, 3, 4), dim3(5, 2, 3)>>>(seen.p);
@@ -116,7 +130,7 @@ static void barriers() {
     check(seen.read() == expected, "indices in three dimensions, each once");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Shuffles and votes, in a block whose last warp has 8 lanes
 
 template <class T> __global__ void shuffles(T *out) {
@@ -141,36 +155,45 @@ template <class T> bool shuffles_are_right() {
     bool ok = true;
     for (int i = 0; i < 40; i++) {
         int lane = i % 32, base = i - lane, lanes = i < 32 ? 32 : 8;
-        auto of = [&](int l) { return (T)((base + l) * 3 + 1); };
+        auto of = [&](int other) { return (T)((base + other) * 3 + 1); };
         T sum = 0, *o = &x[i * 8];
-        for (int l = 0; l < lanes; l++) sum += of(l);
-        ok &= o[0] == of((lane + 3) % lanes) && o[1] == of(lane ^ 5) && o[2] == of(lane < 2 ? lane : lane - 2);
-        ok &= o[3] == of(lanes == 8 || lane + 4 > 31 ? lane : lane + 4) && o[4] == sum && o[5] == (T)(lanes == 32 ? 0x49249249u : 0x49u);
+        for (int other = 0; other < lanes; other++) sum += of(other);
+        ok &= o[0] == of((lane + 3) % lanes);
+        ok &= o[1] == of(lane ^ 5);
+        ok &= o[2] == of(lane < 2 ? lane : lane - 2);
+        ok &= o[3] == of(lanes == 8 || lane + 4 > 31 ? lane : lane + 4);
+        ok &= o[4] == sum;
+        ok &= o[5] == (T)(lanes == 32 ? 0x49249249u : 0x49u);
         ok &= o[6] == 1 && o[7] == 1;
     }
     return ok;
 }
 
 __global__ void exits(unsigned *out) { // lanes leave one after the other
-    for (unsigned i = 0; i <= threadIdx.x; i++) out[threadIdx.x] = __ballot_sync(FULL, threadIdx.x % 2 == 0);
-    if (threadIdx.x == 31) out[31] = __shfl_sync(FULL, 0u, 30);
+    unsigned t = threadIdx.x;
+    for (unsigned i = 0; i <= t; i++) out[t] = __ballot_sync(FULL, t % 2 == 0);
+    if (t == 31) out[31] = __shfl_sync(FULL, 0u, 30);
 }
 
 static void warps() {
-    check(shuffles_are_right<int>() && shuffles_are_right<unsigned>() && shuffles_are_right<float>() && shuffles_are_right<double>()
-          && shuffles_are_right<long long>() && shuffles_are_right<unsigned long long>(), "shuffles and votes, whole and partial warp");
+    bool ok = shuffles_are_right<int>() && shuffles_are_right<unsigned>();
+    ok &= shuffles_are_right<float>() && shuffles_are_right<double>();
+    ok &= shuffles_are_right<long long>() && shuffles_are_right<unsigned long long>();
+    check(ok, "shuffles and votes, whole and partial warp");
+
     Device<unsigned> out(32);
     exits<<<1, 32>>>(out.p);
     auto x = out.read();
-    bool ok = x[31] == ~0u; // what it reads from a lane that has exited
+    ok = x[31] == ~0u; // what it reads from a lane that has exited
     for (int i = 0; i < 31; i++) ok &= x[i] == (0x55555555 & ~0u << i);
     check(ok, "collectives of the lanes that are left");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Tensor cores
 
-static const int ROW = 24; // numbers in a row of a tile: 48 bytes, so that rows are 16-byte aligned but not contiguous
+// Numbers in a row of a tile: 48 bytes, so that rows are 16-byte aligned but not contiguous
+static const int ROW = 24;
 
 __global__ void matrices(const uint16_t *in, uint32_t *out) { // (32,ROW): lane i gives row i
     __shared__ __align__(16) uint16_t tile[32 * ROW];
@@ -185,7 +208,8 @@ __global__ void mma(const float *a, const float *b, float *d16, float *d32) {
     float a32[8], b32[4], d[4], e[4];
     uint32_t a16[4], b16[2];
     for (int r = 0; r < 4; r++) {
-        for (int i = 0; i < 2; i++) a32[2 * r + i] = a[(g + 8 * (r & 1)) * 16 + 2 * q + 8 * (r >> 1) + i];
+        int row = g + 8 * (r & 1), column = 2 * q + 8 * (r >> 1);
+        for (int i = 0; i < 2; i++) a32[2 * r + i] = a[row * 16 + column + i];
         __nv_bfloat162 two = __floats2bfloat162_rn(a32[2 * r], a32[2 * r + 1]);
         memcpy(&a16[r], &two, 4);
     }
@@ -197,10 +221,13 @@ __global__ void mma(const float *a, const float *b, float *d16, float *d32) {
     for (int i = 0; i < 4; i++) d[i] = e[i] = i;
     mma_16x8x16(d, a16, b16);
     mma_16x8x16(e, a32, b32);
-    for (int i = 0; i < 4; i++) d16[threadIdx.x * 4 + i] = d[i], d32[threadIdx.x * 4 + i] = e[i];
+    for (int i = 0; i < 4; i++) {
+        d16[threadIdx.x * 4 + i] = d[i];
+        d32[threadIdx.x * 4 + i] = e[i];
+    }
 }
 
-static void tensor_cores() {
+static void load_matrix() {
     std::vector<uint16_t> tile(32 * ROW);
     for (auto &x : tile) x = random_bits();
     Device<uint16_t> in(tile.size(), tile.data());
@@ -208,30 +235,35 @@ static void tensor_cores() {
     matrices<<<1, 32>>>(in.p, out.p);
     auto r = out.read();
     bool ok = true;
+    auto two = [](uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; };
     for (int lane = 0; lane < 32; lane++) {
         for (int j = 0; j < 4; j++) {
-            const uint16_t *matrix = &tile[8 * j * ROW];
+            const uint16_t *m = &tile[8 * j * ROW];
             int g = lane / 4, q = lane % 4;
-            ok &= r[lane * 8 + j] == (matrix[g * ROW + 2 * q] | (uint32_t)matrix[g * ROW + 2 * q + 1] << 16);
-            ok &= r[lane * 8 + 4 + j] == (matrix[2 * q * ROW + g + 8] | (uint32_t)matrix[(2 * q + 1) * ROW + g + 8] << 16);
+            ok &= r[lane * 8 + j] == two(m[g * ROW + 2 * q], m[g * ROW + 2 * q + 1]);
+            // transposed, and 8 columns further on
+            ok &= r[lane * 8 + 4 + j] == two(m[2 * q * ROW + g + 8], m[(2 * q + 1) * ROW + g + 8]);
         }
     }
     check(ok, "ldmatrix_x4, plain and transposed");
+}
 
+static void tensor_cores() {
     std::vector<float> A(16 * 16), B(16 * 8);
     for (auto &x : A) x = random_float();
     for (auto &x : B) x = random_float();
     Device<float> a(A.size(), A.data()), b(B.size(), B.data()), d16(64 * 4), d32(64 * 4);
     mma<<<1, 64>>>(a.p, b.p, d16.p, d32.p);
     auto x = d16.read(), y = d32.read();
+    auto rounded = [](float v) { return (double)__bfloat162float(__float2bfloat16(v)); };
     double worst16 = 0, worst32 = 0;
     for (int t = 0; t < 64; t++) {
         for (int i = 0; i < 4; i++) {
             int row = t % 32 / 4 + 8 * (i / 2), column = 2 * (t % 4) + i % 2;
-            double sum16 = i, sum32 = i;
+            double sum16 = i, sum32 = i; // the kernel starts its sums at i
             for (int k = 0; k < 16; k++) {
                 sum32 += (double)A[row * 16 + k] * B[k * 8 + column];
-                sum16 += (double)__bfloat162float(__float2bfloat16(A[row * 16 + k])) * __bfloat162float(__float2bfloat16(B[k * 8 + column]));
+                sum16 += rounded(A[row * 16 + k]) * rounded(B[k * 8 + column]);
             }
             worst16 = fmax(worst16, fabs(x[t * 4 + i] - sum16));
             worst32 = fmax(worst32, fabs(y[t * 4 + i] - sum32));
@@ -240,23 +272,28 @@ static void tensor_cores() {
     check(worst16 < 2e-5 && worst32 < 2e-5, "mma_16x8x16 of bf16 and of fp32");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // cp.async: a pipeline of two stages
 
 enum { NO_WAIT, WAIT_FOR_OLD, WAIT_FOR_ALL }; // at the end of the pipeline
-template <int WAIT, bool BARRIER> __global__ void pipeline(const float *in, float *out, int steps, int bytes) {
+template <int WAIT, bool BARRIER>
+__global__ void pipeline(const float *in, float *out, int steps, int bytes) {
     __shared__ __align__(16) float stage[2][64 * 4];
+    int t = threadIdx.x;
     auto load = [&](int i) {
-        cp_async_16(&stage[i % 2][threadIdx.x * 4], bytes ? in + (i * 64 + threadIdx.x) * 4 : nullptr, bytes);
+        cp_async_16(&stage[i % 2][t * 4], bytes ? in + (i * 64 + t) * 4 : nullptr, bytes);
         cp_async_commit();
     };
     load(0);
     for (int i = 0; i < steps; i++) {
         if (i + 1 < steps) load(i + 1);
-        if (WAIT == WAIT_FOR_ALL && i + 1 == steps) cp_async_wait<0>();
-        else if (WAIT) cp_async_wait<1>();
+        if (WAIT == WAIT_FOR_ALL && i + 1 == steps) {
+            cp_async_wait<0>();
+        } else if (WAIT) {
+            cp_async_wait<1>();
+        }
         __syncthreads();
-        for (int j = 0; j < 4; j++) out[(i * 64 + threadIdx.x) * 4 + j] = stage[i % 2][(63 - threadIdx.x) * 4 + j];
+        for (int j = 0; j < 4; j++) out[(i * 64 + t) * 4 + j] = stage[i % 2][(63 - t) * 4 + j];
         if (BARRIER) __syncthreads();
     }
 }
@@ -269,44 +306,58 @@ template <int WAIT, bool BARRIER> bool pipeline_is_right(int bytes) {
     pipeline<WAIT, BARRIER><<<2, 64>>>(in.p, out.p, steps, bytes);
     auto y = out.read();
     for (int i = 0; i < steps * 256; i++) {
-        int j = i % 4;
-        if (y[i] != (4 * j < bytes ? x[i / 256 * 256 + (63 - i % 256 / 4) * 4 + j] : 0)) return false;
+        int step = i / 256, thread = i % 256 / 4, j = i % 4;
+        float right = 4 * j < bytes ? x[step * 256 + (63 - thread) * 4 + j] : 0;
+        if (y[i] != right) return false;
     }
     return true;
 }
 
 static void copies() {
-    for (int bytes : {16, 8, 0}) check(pipeline_is_right<WAIT_FOR_ALL, true>(bytes), "cp_async_16, whole and with zeros");
-    check(!pipeline_is_right<NO_WAIT, true>(16) && !pipeline_is_right<WAIT_FOR_OLD, true>(16), "cp_async_wait for none, for too few: wrong");
-    check(!pipeline_is_right<WAIT_FOR_ALL, false>(16), "cp_async_16 into what others still read: wrong");
+    for (int bytes : {16, 8, 0})
+        check(pipeline_is_right<WAIT_FOR_ALL, true>(bytes), "cp_async_16, whole and with zeros");
+    bool right = pipeline_is_right<NO_WAIT, true>(16) || pipeline_is_right<WAIT_FOR_OLD, true>(16);
+    check(!right, "cp_async_wait for none, for too few: wrong");
+    right = pipeline_is_right<WAIT_FOR_ALL, false>(16);
+    check(!right, "cp_async_16 into what others still read: wrong");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Numbers and atomics
 
 static void numbers() {
     bool ok = true;
     for (uint32_t i = 0; i < 65536; i++) {
-        __nv_bfloat16 b = cuda_on_cpu::bits<__nv_bfloat16>((uint16_t)i);
-        float x = __bfloat162float(b), next = __bfloat162float(cuda_on_cpu::bits<__nv_bfloat16>((uint16_t)(i + 1)));
+        float x = __bfloat162float(from_raw(i)), next = __bfloat162float(from_raw(i + 1));
         if (x != x) {
             ok &= raw(x) == 0x7FFF;
             continue;
         }
         ok &= raw(x) == i;
         if (next != next || (i & 0x7fff) == 0x7f80) continue;
-        uint32_t u = __float_as_uint(x); // between this bf16 and the next: below, at, and above the middle
-        ok &= raw(__uint_as_float(u + 0x7fff)) == i && raw(__uint_as_float(u + 0x8001)) == i + 1 && raw(__uint_as_float(u + 0x8000)) == (i + 1) / 2 * 2;
+        // Between this bf16 and the next: below, above and at the middle
+        uint32_t u = __float_as_uint(x);
+        ok &= raw(__uint_as_float(u + 0x7fff)) == i;
+        ok &= raw(__uint_as_float(u + 0x8001)) == i + 1;
+        ok &= raw(__uint_as_float(u + 0x8000)) == (i + 1) / 2 * 2;
     }
     check(ok, "bf16: every value, rounding to nearest even, NaN");
-    check(__popc(0xF0F0) == 8 && __ffs(8) == 4 && __ffs(0) == 0 && __clz(1) == 31 && __clz(0) == 32 && min(2, 3) == 2 && max(2.0f, NAN) == 2
-          && min(NAN, 2.0f) == 2 && rsqrtf(4.0f) == 0.5f && __float_as_int(-0.0f) == INT32_MIN && __fmaf_rn(2, 3, 4) == 10, "functions of numbers");
+
+    ok = __popc(0xF0F0) == 8 && __ffs(8) == 4 && __ffs(0) == 0 && __clz(1) == 31 && __clz(0) == 32;
+    ok &= min(2, 3) == 2 && max(2.0f, NAN) == 2 && min(NAN, 2.0f) == 2;
+    ok &= rsqrtf(4.0f) == 0.5f && __float_as_int(-0.0f) == INT32_MIN && __fmaf_rn(2, 3, 4) == 10;
+    check(ok, "functions of numbers");
 }
 
-__global__ void sums(int *i, unsigned *u, unsigned long long *l, float *f, double *d) {
+__global__ void sums(int *i, unsigned *u, unsigned long long *ull, float *f, double *d) {
     int n = blockIdx.x * blockDim.x + threadIdx.x;
-    atomicAdd(&i[0], 1), atomicAdd(u, 2), atomicAdd(l, 3ull << 32), atomicAdd(f, 0.5), atomicAdd(d, 0.25f);
-    atomicMax(&i[1], n), atomicMin(&i[2], -n);
+    atomicAdd(&i[0], 1);
+    atomicAdd(u, 2);
+    atomicAdd(ull, 3ull << 32);
+    atomicAdd(f, 0.5);
+    atomicAdd(d, 0.25f);
+    atomicMax(&i[1], n);
+    atomicMin(&i[2], -n);
     if (atomicCAS(&i[3], 0, 1 + n) == 0) atomicExch(&i[4], 1 + n);
 }
 
@@ -314,45 +365,67 @@ static void atomics() {
     int zeros[10] = {};
     Device<int> i(5, zeros);
     Device<unsigned> u(1, (unsigned *)zeros);
-    Device<unsigned long long> l(1, (unsigned long long *)(void *)zeros);
+    Device<unsigned long long> ull(1, (unsigned long long *)(void *)zeros);
     Device<float> f(1, (float *)(void *)zeros);
     Device<double> d(1, (double *)(void *)zeros);
-    sums<<<400, 250>>>(i.p, u.p, l.p, f.p, d.p);
+    sums<<<400, 250>>>(i.p, u.p, ull.p, f.p, d.p);
     auto x = i.read();
-    check(x[0] == 100000 && x[1] == 99999 && x[2] == -99999 && x[3] && x[3] == x[4] && u.read()[0] == 200000 && l.read()[0] == 300000ull << 32
-          && f.read()[0] == 50000 && d.read()[0] == 25000, "atomics across blocks");
+    bool ok = x[0] == 100000 && x[1] == 99999 && x[2] == -99999 && x[3] && x[3] == x[4];
+    ok &= u.read()[0] == 200000 && ull.read()[0] == 300000ull << 32;
+    ok &= f.read()[0] == 50000 && d.read()[0] == 25000;
+    check(ok, "atomics across blocks");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Runtime
 
 __global__ void touch(char *p) {
     extern __shared__ char shared[];
-    if (p) p[0] = 1;
-    else shared[0] = 1;
+    if (p) {
+        p[0] = 1;
+    } else {
+        shared[0] = 1;
+    }
 }
 
-static cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
+// The error of a launch. -1 if it ran in spite of an error, or did not run, or the error stays.
+static int launch(dim3 grid, dim3 block, size_t shared) {
     Device<char> p(1);
     touch<<<grid, block, shared>>>(p.p);
     cudaError_t e = cudaPeekAtLastError();
-    return (p.read()[0] == 1) == (e == cudaSuccess) && cudaGetLastError() == e && cudaGetLastError() == cudaSuccess ? e : (cudaError_t)-1;
+    bool ran = p.read()[0] == 1;
+    bool clears = cudaGetLastError() == e && cudaGetLastError() == cudaSuccess;
+    return ran == (e == cudaSuccess) && clears ? e : -1;
 }
 
-static void runtime() {
-    const cudaError_t config = cudaErrorInvalidConfiguration, value = cudaErrorInvalidValue;
-    check(launch(1, 1024, 48 << 10) == cudaSuccess && launch(1, 1025, 0) == config && launch(1, dim3(32, 32, 2), 0) == config && launch(0, 1, 0) == config
-          && launch(1, 0, 0) == config && launch(dim3(1, 65536), 1, 0) == config && launch(1, dim3(1, 1, 65), 0) == config, "sizes of launches");
-    check(launch(1, 1, (48 << 10) + 1) == value && cudaFuncSetAttribute(touch, cudaFuncAttributeMaxDynamicSharedMemorySize, (163 << 10) + 1) == value
-          && cudaGetLastError() == value && cudaFuncSetAttribute(touch, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10) == cudaSuccess
-          && launch(1, 1, 100 << 10) == cudaSuccess && launch(1, 1, (100 << 10) + 1) == value, "dynamic shared memory beyond 48 KiB");
+static void launches() {
+    const int config = cudaErrorInvalidConfiguration, value = cudaErrorInvalidValue;
+    bool ok = launch(1, 1024, 48 << 10) == cudaSuccess;
+    ok &= launch(1, 1025, 0) == config && launch(1, dim3(32, 32, 2), 0) == config;
+    ok &= launch(0, 1, 0) == config && launch(1, 0, 0) == config;
+    ok &= launch(dim3(1, 65536), 1, 0) == config && launch(1, dim3(1, 1, 65), 0) == config;
+    check(ok, "sizes of launches");
+
+    auto ask = [](int bytes) {
+        return cudaFuncSetAttribute(touch, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    ok = launch(1, 1, (48 << 10) + 1) == value && ask((163 << 10) + 1) == value;
+    ok &= cudaGetLastError() == value && ask(100 << 10) == cudaSuccess;
+    ok &= launch(1, 1, 100 << 10) == cudaSuccess && launch(1, 1, (100 << 10) + 1) == value;
+    check(ok, "dynamic shared memory beyond 48 KiB");
     touch<<<1, 1, 1>>>(NULL);
+}
+
+static void memory() {
     size_t free0, free1, total;
     cudaMemGetInfo(&free0, &total);
     float *p = nullptr, *q = nullptr, *host = nullptr, filled[4] = {1, 2, 3, 4};
     bool ok = cudaMalloc(&p, 4000) == cudaSuccess && cudaMalloc(&q, 16) == cudaSuccess;
     cudaMemGetInfo(&free1, &total);
-    ok &= free0 - free1 == 4016 && free0 == total && cudaMalloc(&host, total) == cudaErrorMemoryAllocation && cudaGetLastError() == cudaErrorMemoryAllocation;
+    ok &= free0 - free1 == 4016 && free0 == total;
+    ok &= cudaMalloc(&host, total) == cudaErrorMemoryAllocation;
+    ok &= cudaGetLastError() == cudaErrorMemoryAllocation;
+
     ok &= cudaMallocHost(&host, 16) == cudaSuccess;
     cudaMemcpyAsync(host, p, 16, cudaMemcpyDeviceToHost, 0);
     ok &= __float_as_uint(host[3]) == ~0u;
@@ -360,23 +433,35 @@ static void runtime() {
     cudaMemcpy(q, p + 996, 16, cudaMemcpyDeviceToDevice);
     cudaMemsetAsync(q, 0, 4);
     cudaMemcpy(host, q, 16, cudaMemcpyDeviceToHost);
-    ok &= host[0] == 0 && host[3] == 4 && cudaFree(p) == cudaSuccess && cudaFree(q) == cudaSuccess && cudaFree(nullptr) == cudaSuccess;
+    ok &= host[0] == 0 && host[3] == 4;
+    ok &= cudaFree(p) == cudaSuccess && cudaFree(q) == cudaSuccess && cudaFree(NULL) == cudaSuccess;
     cudaFreeHost(host);
     cudaMemGetInfo(&free1, &total);
     check(ok && free1 == total, "memory: amounts, copies, starts as 0xFF");
+}
+
+static void device() {
     cudaDeviceProp prop;
     cudaEvent_t a, b;
     float ms = -1;
     int count;
-    ok = cudaGetDeviceCount(&count) == cudaSuccess && count == 1 && cudaSetDevice(0) == cudaSuccess && cudaSetDevice(1) == value;
-    ok &= cudaGetLastError() == value && cudaGetDeviceProperties(&prop, 0) == cudaSuccess && prop.major == 8 && prop.minor == 0;
-    cudaEventCreate(&a), cudaEventCreate(&b), cudaEventRecord(a), cudaEventRecord(b), cudaEventSynchronize(b), cudaEventElapsedTime(&ms, a, b);
-    cudaEventDestroy(a), cudaEventDestroy(b);
+    bool ok = cudaGetDeviceCount(&count) == cudaSuccess && count == 1;
+    ok &= cudaSetDevice(0) == cudaSuccess && cudaSetDevice(1) == cudaErrorInvalidValue;
+    ok &= cudaGetLastError() == cudaErrorInvalidValue;
+    ok &= cudaGetDeviceProperties(&prop, 0) == cudaSuccess && prop.major == 8 && prop.minor == 0;
+    cudaEventCreate(&a);
+    cudaEventCreate(&b);
+    cudaEventRecord(a);
+    cudaEventRecord(b);
+    cudaEventSynchronize(b);
+    cudaEventElapsedTime(&ms, a, b);
+    cudaEventDestroy(a);
+    cudaEventDestroy(b);
     check(ok && ms >= 0 && cudaDeviceSynchronize() == cudaSuccess, "device and events");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Mistakes
+// -------------------------------------------------------------------------------------------------
+// Mistakes. test_cuda_on_cpu.sh looks for these lines.
 
 __global__ void mistake(float *p, int which, float *out) {
     extern __shared__ float dynamic[];
@@ -389,7 +474,7 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 1) { if (t == 37) __any_sync(FULL, 1); else __syncwarp(); }
     if (which == 2) {
         if (t < 32) __syncthreads();
-        else __syncthreads();
+        else __syncthreads(); // 2
     }
     if (which == 3) ldmatrix_x4(r, tile + 2);
     if (which == 4) cp_async_16(tile, (char *)p + 4, 16);
@@ -403,8 +488,9 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 11) for (int i = 0; i < 65; i++) cp_async_16(tile, p, 16);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// In which order do the threads of a block come by after each of three barriers? A line for each barrier and block.
+// -------------------------------------------------------------------------------------------------
+// In which order do the threads of a block come by after each of three barriers? A line for each
+// barrier and block.
 
 __global__ void arrivals(int *out) { // (blocks, 3, 64)
     __shared__ int count;
@@ -422,18 +508,26 @@ static void print_arrivals() {
     for (int i = 0; i < out.n; i++) printf("%d%c", x[i], i % 64 < 63 ? ' ' : '\n');
 }
 
+static void check_all() {
+    barriers();
+    warps();
+    load_matrix();
+    tensor_cores();
+    copies();
+    numbers();
+    atomics();
+    launches();
+    memory();
+    device();
+}
+
 int main(int argc, char **argv) {
     int which = argc > 1 ? atoi(argv[1]) : -1, count;
     if (which < 0) {
-        barriers();
-        warps();
-        tensor_cores();
-        copies();
-        numbers();
-        atomics();
-        runtime();
+        check_all();
         return failed != 0;
     }
+
     float host[64] = {}, *p = nullptr, *out = nullptr;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (!e) e = cudaMalloc(&p, sizeof host);
@@ -445,8 +539,8 @@ int main(int argc, char **argv) {
     if (which == 23) cudaMemcpy(p, out, 4, cudaMemcpyDeviceToHost);
     if (which == 24) cudaFree(p + 1);
     if (which == 25) p[3] = 1;
-    if (which == 27) print_arrivals();
     if (which == 26) return !reverse_is_right<true, true>();
+    if (which == 27) print_arrivals();
     if (!e) e = cudaGetLastError();
     puts(cudaGetErrorString(e));
     cudaFree(p);

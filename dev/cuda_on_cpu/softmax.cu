@@ -1,56 +1,76 @@
 /*
-Softmax of each row of a matrix, one block per row: an example of a kernel that is written and tested without a GPU (see dev/cuda_on_cpu.h),
-and then runs on one. From the root of the repository, on a GPU:
+Softmax of each row of a matrix, one block per row: an example of a kernel that is written and
+tested without a GPU and then runs on one. README.md beside this file says more.
 
-    nvcc -O3 -std=c++17 -I. dev/cuda/softmax.cu -o softmax && ./softmax
+On a GPU, from the root of the repository:
 
-and on the CPU:
+    nvcc -O3 -std=c++17 -I. dev/cuda_on_cpu/softmax.cu -o softmax && ./softmax
 
-    (echo '#line 1 "softmax.cu"'; grep '^        s/' dev/cuda_on_cpu.h | sed -E -f /dev/stdin dev/cuda/softmax.cu) >softmax.cpp
+On the CPU:
+
+    (echo '#line 1 "softmax.cu"'
+     sed -E -f dev/cuda_on_cpu/launches.sed dev/cuda_on_cpu/softmax.cu) >softmax.cpp
     g++ -std=c++17 -O2 -fopenmp -I. softmax.cpp -o softmax && ./softmax
-
-Are all barriers needed, and does the test notice when one is missing? This leaves them out, one after the other:
-
-    CUDA_ON_CPU_LIST=barriers ./softmax; while read line kernel; do CUDA_ON_CPU_SKIP=$line ./softmax; done <barriers
-
-An index out of bounds: build with -g -fsanitize=address, change i < C below to i <= C, and the line is named.
 */
 #ifndef __CUDACC__
-#include "dev/cuda_on_cpu.h"
+#include "dev/cuda_on_cpu/cuda_on_cpu.h"
 #endif
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#define CHECK(call) do { cudaError_t e = (call); if (e) { printf("line %d: %s\n", __LINE__, cudaGetErrorString(e)); exit(1); } } while (0)
+static void check(cudaError_t e, int line) {
+    if (!e) return;
+    printf("line %d: %s\n", line, cudaGetErrorString(e));
+    exit(1);
+}
+#define CHECK(call) check(call, __LINE__)
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
-struct Max { __device__ static float of(float a, float b) { return fmaxf(a, b); } };
-struct Sum { __device__ static float of(float a, float b) { return a + b; } };
+struct Max {
+    __device__ static float of(float a, float b) { return fmaxf(a, b); }
+};
+struct Sum {
+    __device__ static float of(float a, float b) { return a + b; }
+};
 
-// All threads of the block call this, and get the result.
+// All threads of the block call this, and all get the result.
 template <class Op> __device__ float reduce(float x, float *of_warp) {
     for (int d = 16; d > 0; d /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffff, x, d));
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
     __syncthreads(); // all warps have written
     x = of_warp[0];
     for (int w = 1; w < WARPS; w++) x = Op::of(x, of_warp[w]);
-    __syncthreads(); // all warps have read: the next reduction, of this row or another, may write
+    __syncthreads(); // all warps have read: the next call may write
     return x;
 }
 
+// Grid: any number of blocks; they share the rows. Block: THREADS threads.
 template <class T> __global__ void softmax(T *out, const T *in, int R, int C) { // (R,C)
     __shared__ float of_warp[WARPS];
     for (int row = blockIdx.x; row < R; row += gridDim.x) {
         const T *x = in + (size_t)row * C;
+        T *y = out + (size_t)row * C;
         float largest = -INFINITY, sum = 0;
         for (int i = threadIdx.x; i < C; i += THREADS) largest = fmaxf(largest, x[i]);
         largest = reduce<Max>(largest, of_warp);
         for (int i = threadIdx.x; i < C; i += THREADS) sum += expf(x[i] - largest);
         sum = reduce<Sum>(sum, of_warp);
-        for (int i = threadIdx.x; i < C; i += THREADS) out[(size_t)row * C + i] = expf(x[i] - largest) / sum;
+        for (int i = threadIdx.x; i < C; i += THREADS) y[i] = expf(x[i] - largest) / sum;
     }
+}
+
+// The largest relative error of y = softmax(x), (C). NaN counts as infinity.
+static double row_error(const float *y, const float *x, int C) {
+    double largest = -INFINITY, sum = 0, worst = 0;
+    for (int i = 0; i < C; i++) largest = fmax(largest, x[i]);
+    for (int i = 0; i < C; i++) sum += exp(x[i] - largest);
+    for (int i = 0; i < C; i++) {
+        double p = exp(x[i] - largest) / sum, error = fabs(y[i] - p) / p;
+        worst = isnan(error) ? INFINITY : fmax(worst, error);
+    }
+    return worst;
 }
 
 int main() {
@@ -82,18 +102,14 @@ int main() {
     CHECK(cudaEventElapsedTime(&ms, begin, end));
     CHECK(cudaMemcpy(y, out, bytes, cudaMemcpyDeviceToHost));
 
-    double worst = 0; // largest relative error; NaN counts
+    double worst = 0;
     for (int row = 0; row < R; row += 1 + R / 100) {
-        double largest = -INFINITY, sum = 0;
-        for (int i = 0; i < C; i++) largest = fmax(largest, x[(size_t)row * C + i]);
-        for (int i = 0; i < C; i++) sum += exp(x[(size_t)row * C + i] - largest);
-        for (int i = 0; i < C; i++) {
-            double p = exp(x[(size_t)row * C + i] - largest) / sum, error = fabs(y[(size_t)row * C + i] - p) / p;
-            if (!(error <= worst)) worst = isnan(error) ? INFINITY : error;
-        }
+        size_t at = (size_t)row * C;
+        worst = fmax(worst, row_error(y + at, x + at, C));
     }
     bool ok = worst < 1e-5;
-    printf("%s: softmax (%d,%d), largest relative error %.1e, %.3g GB/s: %s\n", device.name, R, C, worst, 2e-6 * bytes / ms, ok ? "ok" : "WRONG");
+    printf("%s: softmax (%d,%d), largest relative error %.1e, %.3g GB/s: %s\n", device.name, R, C,
+           worst, 2e-6 * bytes / ms, ok ? "ok" : "WRONG");
     CHECK(cudaFree(in));
     CHECK(cudaFree(out));
     CHECK(cudaEventDestroy(begin));

@@ -1,0 +1,67 @@
+# To be sourced: runs the parts of a test, several at a time, and adds up what they count.
+# A part is a command or a function whose last line is "N passed, N failed".
+jobs=${JOBS:-2} # parts at a time
+logs=build/test/logs
+passed=0 failed=0
+rm -rf $logs && mkdir -p $logs
+trap 'kill $(jobs -p) 2>/dev/null; exit 1' INT TERM # Ctrl-C ends the parts too
+
+# start NAME COMMAND...: runs a part in the background, as soon as fewer than $jobs parts run.
+start() {
+    local name=$1
+    shift
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
+        wait -n
+        show_ended
+    done
+    {
+        SECONDS=0
+        "$@" >"$logs/$name" 2>&1
+        echo "$? $SECONDS" >"$logs/$name.ended"
+    } &
+}
+
+# finish: waits for all parts, prints the sums and ends the script. Exit status 1 if a check failed.
+finish() {
+    wait
+    show_ended
+    echo
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+}
+
+# Prints what each part that has ended wrote, and adds up its last line. A part that ends without
+# such a line, or with a status that does not fit it, counts as one failure more.
+show_ended() {
+    local ended name status seconds last
+    for ended in "$logs"/*.ended; do
+        [ -f "$ended" ] || continue
+        name=$(basename "$ended" .ended)
+        read -r status seconds <"$ended"
+        rm "$ended"
+        echo "---- $name ($seconds s)"
+        cat "$logs/$name"
+        last=$(tail -n 1 "$logs/$name" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
+        if [ -z "$last" ] || { [ "$status" -ne 0 ] && [ "${last##*, }" = "0 failed" ]; }; then
+            echo "FAIL  $name ended with status $status"
+            failed=$((failed + 1))
+        fi
+        [ -n "$last" ] || continue
+        passed=$((passed + $(echo "$last" | cut -d' ' -f1)))
+        failed=$((failed + $(echo "$last" | cut -d' ' -f3)))
+    done
+}
+
+# check NAME STATUS: one check of a part that is a function. The part sets ok=0 bad=0 at its start
+# and ends with counted.
+check() {
+    if [ "$2" -eq 0 ]; then
+        ok=$((ok + 1))
+        echo "ok    $1"
+    else
+        bad=$((bad + 1))
+        echo "FAIL  $1"
+    fi
+}
+counted() { echo "$ok passed, $bad failed"; }

@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# make test: every check, from the root of the repository, after make has built what it needs.
+# TINYSTORIES=FILE uses that text for the tokenizer and training checks, not the generated stories.
+# JOBS=4 runs four parts at a time, not two.
+set -uo pipefail
+. dev/test/parts.sh
+python=.venv/bin/python
+floats="-ffp-contract=fast -fno-math-errno -fno-trapping-math"
+warnings="-Wall -Wextra -Werror"
+: "${CC:=cc}" "${ARCH:=}"
+small=(dev/reference/*.bin)
+large=build/test/reference
+export ASAN_OPTIONS=detect_leaks=0 # the program leaves memory to the end of the process on purpose
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # see Makefile
+export OMP_WAIT_POLICY=PASSIVE # PyTorch's OpenMP does not know GOMP_SPINCOUNT
+
+# Every compiler that is here takes the program as C11 and as C++17 without a warning. The parts
+# below compile it in other ways.
+compilers() {
+    local ok=0 bad=0 compiler options
+    for compiler in "gcc -std=c11" "clang -std=c11" "g++ -x c++ -std=c++17" \
+        "clang++ -x c++ -std=c++17"; do
+        command -v "${compiler%% *}" >/dev/null || continue
+        for options in "-O3 $ARCH -fopenmp" "-O2"; do
+            if [[ $options == *openmp* ]]; then
+                echo '#include <omp.h>' | $compiler -fopenmp -E - >/dev/null 2>&1 || continue
+            fi
+            $compiler $options $floats $warnings -I. dev/tools.c -o build/test/compiled -lm
+            check "$compiler $options" $?
+        done
+    done
+    [ $ok -gt 0 ] || check "a compiler is here" 1
+    counted
+}
+
+# loopmdm.c in an empty folder: it compiles as C and C++, trains, evaluates and samples token ids.
+alone() {
+    local ok=0 bad=0 folder language said
+    folder=$(mktemp -d)
+    cp loopmdm.c "$folder"
+    cd "$folder" || return
+    # A shard: a header of 256 ints (magic, version, number of tokens), then the tokens
+    python3 - <<'END'
+import array
+header = array.array("i", [20240520, 1, 20000] + [0] * 253)
+tokens = array.array("H", [i % 10 for i in range(20000)])
+open("tokens.bin", "wb").write(header.tobytes() + tokens.tobytes())
+END
+    for language in "c -std=c11" "c++ -std=c++17"; do
+        $CC -x $language -O3 $warnings loopmdm.c -o loopmdm -lm
+        check "$language: compiles without a warning" $?
+        rm -rf run
+        ./loopmdm train --data tokens.bin --vocab 10 --model d2 --steps 200 --warmup 10 --out run |
+            tail -n 1 | grep -q '^step 200/200 '
+        check "$language: trains d2" $?
+        said=$(./loopmdm eval --model run --data tokens.bin --rows 64 --loops 4)
+        check "$language: evaluates" $?
+        # log(10) = 2.303 nats for a model that knows nothing
+        echo "$said" | awk '{ exit !($5 > 0 && $5 < 1.5) }'
+        check "$language: has learned: $said" $?
+        said=$(./loopmdm sample --model run --steps 8)
+        check "$language: samples" $?
+        echo "$said" | grep -qE '^[0-9]( [0-9]){31}$'
+        check "$language: prints token ids: $said" $?
+        said=$(./loopmdm sample --model nowhere 2>&1)
+        [ $? -eq 1 ] && [ "$(echo "$said" | wc -l)" -eq 1 ]
+        check "$language: an error is one line: $said" $?
+    done
+    cd - >/dev/null
+    rm -rf "$folder"
+    counted
+}
+
+# build_and_run NAME OPTIONS: builds program and test with these options and runs the small
+# reference files.
+build_and_run() {
+    local name=$1 options=$2
+    $CC -std=c11 -I. $options $floats $warnings dev/tools.c -o "build/test/loopmdm_$name" -lm &&
+        $CC -std=c11 -I. $options $floats $warnings test_loopmdm.c -o "build/test/test_$name" -lm &&
+        "build/test/test_$name" "build/test/loopmdm_$name" "${small[@]}"
+}
+
+# Each experiment in small leaves a table and a figure. A second run has nothing to train.
+experiments() {
+    local ok=0 bad=0 name script sum log=build/test/experiment.log folder=build/experiments_quick
+    rm -rf $folder
+    for script in dev/experiments/[a-z]*.py; do
+        name=$(basename "$script" .py)
+        [ "$name" = common ] && continue
+        $python "$script" --quick >$log 2>&1 &&
+            ls $folder/"$name"*.csv $folder/"$name"*.png >/dev/null
+        check "$name: table and figure" $? || tail -n 1 $log
+    done
+    sum=$(cat $folder/*.csv $folder/*.png | cksum)
+    $python dev/experiments/flops.py --quick >$log 2>&1 && ! grep -q training: $log &&
+        [ "$(cat $folder/*.csv $folder/*.png | cksum)" = "$sum" ]
+    check "flops: a second run trains nothing and gives the same tables and figures" $?
+    echo 'seed 9' >>$folder/sudoku_12T_seed=1/made_of
+    ! $python dev/experiments/flops.py --quick 2>$log >/dev/null && [ "$(wc -l <$log)" = 1 ] &&
+        grep -q "was begun with other options" $log
+    check "flops: a model with other options ends it with one line" $?
+    counted
+}
+
+# The presets nano and d6 against PyTorch, whose files are too large for the repository.
+large_reference() {
+    $python dev/reference/dump.py --large --out $large &&
+        build/test_loopmdm ./loopmdm $large/*.bin
+    local status=$?
+    rm -rf $large
+    return $status
+}
+
+sanitizers="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+export OMP_NUM_THREADS=1 # each part has one core. Checks of several threads set their number
+start python $python dev/test/test_python.py # the longest parts first
+start reference large_reference
+. dev/test/test_cuda.sh on_cpu
+start sanitizers build_and_run sanitized "$sanitizers"
+start experiments experiments
+start compilers compilers
+start without_openmp build_and_run plain "-O3 $ARCH"
+start portable build_and_run portable "-O2"
+start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
+start alone alone
+start threads env -u OMP_NUM_THREADS build/test_loopmdm ./loopmdm "${small[@]}"
+start style python3 dev/test/style.py
+finish

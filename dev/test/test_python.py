@@ -1,0 +1,777 @@
+"""
+The checks of loopmdm that need Python: the tokenizer against Hugging Face's, word problems and
+gsm.py, Sudoku, the reference files, and train_gpt2style.py and ./loopmdm side by side.
+
+`make test` runs it in the root of the repository. TINYSTORIES=FILE uses that text, not the
+generated stories. If gpt2_vocab.json and gpt2_merges.txt lie beside it, GPT-2's vocabulary is
+checked too. The last line is "N passed, N failed".
+"""
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+sys.path[:0] = [".", "dev/data", "dev/reference"]
+import dump  # noqa: E402
+import gsm  # noqa: E402
+import tinystories  # noqa: E402
+import train_gpt2style as reference  # noqa: E402
+
+OUT = "build/test/python"
+PYTHON = sys.executable
+EOT, SEP = "<|endoftext|>", "<|sep|>"
+passed = failed = 0
+
+
+def check(what, error, tolerance=0.0):
+    """Prints one line. The error must not exceed the tolerance, and NaN does."""
+    global passed, failed
+    ok = error <= tolerance
+    print(f"{'ok  ' if ok else 'FAIL'}  {what:<79} error {error:.1e}  tolerance {tolerance:.0e}",
+          flush=True)
+    passed += ok
+    failed += not ok
+
+
+def run(*command):
+    """Runs a command, which must succeed, and returns what it writes to standard output."""
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)[:300]}\nfailed with status {done.returncode}: "
+                 f"{done.stderr.decode()}\n{passed} passed, {failed + 1} failed")
+    return done.stdout.decode(errors="replace")
+
+
+def run_loopmdm(*command):
+    return run("./loopmdm", *command)
+
+
+def run_reference(*command):
+    """train_gpt2style.py with these words, in this process: to start PyTorch takes seconds."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        reference.main(command)
+    return said.getvalue()
+
+
+def fails(name, command, said):
+    """1 unless the command fails with one line that has these words."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    right = done.returncode == 1 and done.stderr.count("\n") == 1 and said in done.stderr
+    if not right:
+        print(f"      {name}: status {done.returncode}: {done.stderr}")
+    return not right
+
+
+def file_bytes(*path):
+    with open(os.path.join(*path), "rb") as f:
+        return f.read()
+
+
+def shard(path):
+    return np.fromfile(path, np.uint16)[512:].astype(int)
+
+
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+AWKWARD = [
+    "Café naïve Ångström São Zoë — déjà vu…", "“Curly quotes,” she said, ‘and it’s fine’",
+    "😀 😃👩‍👩‍👧‍👦 🇩🇪 ❤️ ok👍🏽", "tabs\there\t\tand\t there \t", "\n\n\nempty\n\nlines\n \n \n",
+    " leading and trailing   ", "it's I'm we've they'll he'd don't 'S 'RE ''s '",
+    "1 22 ½ ² Ⅷ ٣٤ १२ ⑨ 3rd", "日本語 한국어 中文。 العربية עברית ไทย हिन्दी",
+    "a\u00a0b\u2003c\u3000d\u2028e\u0085f\u200bg", "e\u0301 combining \u0915\u094d\u0937",
+    "\r\n\r\ncarriage\rreturns", f"{EOT}a{EOT}{EOT} b <|endoftext",
+    "!!!??? ... --- ~~~ @#$%^&*()_+{}|:<>", "x" * 300 + " " * 50 + "y", "\x01\x02\x7f control",
+]
+
+
+def loopmdm_tokens(tokenizer, text):
+    """The ids that `loopmdm tokenize --text` prints."""
+    said = run_loopmdm("tokenize", "--tokenizer", tokenizer, "--text", text)
+    return [int(i) for i in re.findall(r"^ *(\d+)  '", said, re.M)]
+
+
+def every_character():
+    """Texts with each code point after a letter, a digit, a space and itself; 4000 in a text."""
+    points = [*range(1, 0x32400), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
+    points = [c for c in points if not 0xD800 <= c < 0xE000]  # UTF-8 has no surrogates
+    for i in range(0, len(points), 4000):
+        characters = map(chr, points[i: i + 4000])
+        yield "".join(f"a{c} {c}{c}1{c}  {c}" for c in characters) + "end"
+
+
+def check_tokenizer(text, name, *options):
+    """
+    loopmdm encodes as Hugging Face's tokenizers do: a whole file, awkward texts and every character
+    of Unicode. Returns the folder with the tokenizer and the shards.
+    """
+    folder = os.path.join(OUT, name)
+    make = [PYTHON, "dev/data/tinystories.py", "--out", folder, *options]
+    tokenizer, encoded = (os.path.join(folder, f) for f in ("tokenizer.bin", "all.bin"))
+    run(*make, "--input", text)
+    theirs = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+
+    def encode_file(path):
+        run_loopmdm("tokenize", "--tokenizer", tokenizer, "--input", path, "--output", encoded)
+        return shard(encoded)
+
+    parts = [shard(os.path.join(folder, part)) for part in ("train.bin", "val.bin")]
+    want = np.concatenate(parts)
+    check(f"{name}: all {len(want)} tokens of {os.path.basename(text)}",
+          not np.array_equal(encode_file(text), want))
+    wrong = sum(loopmdm_tokens(tokenizer, t) != theirs.encode(t).ids for t in AWKWARD)
+    check(f"{name}: {len(AWKWARD)} awkward texts, that differ", wrong)
+
+    texts = list(every_character())
+    path = os.path.join(folder, "characters.txt")
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        f.write(EOT.join(texts))
+    want = [[theirs.token_to_id(EOT), *theirs.encode(t).ids] for t in texts]
+    check(f"{name}: every character", encode_file(path).tolist() != sum(want, []))
+
+    val = os.path.join(folder, "val.bin")
+    before = file_bytes(val)
+    wrong = fails("--input val.bin", [*make, "--input", val], "would overwrite")
+    check(f"{name}: an output that is the input: one line, and the file stays",
+          wrong or file_bytes(val) != before)
+    return folder
+
+
+# ---- Word problems and stories -------------------------------------------------------------------
+
+
+def wrong_steps(answer, fewest=2, most=4):
+    """Whether anything in a worked answer of arithmetic.c is wrong, its number of steps too."""
+    match = re.fullmatch(r"((?:\d+ [-+*/] \d+ = \d+ [a-z]+\. ?)+)\n#### (\d+)", answer)
+    if not match:
+        return True
+    steps = re.findall(r"(\d+) (.) (\d+) = (\d+)", match[1])
+    for a, op, b, c in steps:
+        a, b, c = int(a), int(b), int(c)
+        equal = {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": c * b == a}
+        if not equal[op] or not 0 <= c <= 999:
+            return True
+    return not fewest <= len(steps) <= most or int(steps[-1][3]) != int(match[2])
+
+
+def split_problems(text):
+    """The [question, answer] of each problem in a text."""
+    return [p.strip().split(SEP) for p in text.split(f"{EOT}\n")[:-1]]
+
+
+def decode_sequences(path, tokens, T):
+    """
+    The texts of a shard's sequences, each of which is end-of-text, the text, and end-of-text up to
+    its end. None for other sequences.
+    """
+    eot, texts = tokens.index(EOT.encode()), []
+    for ids in shard(path).reshape(-1, T):
+        length = np.flatnonzero(np.append(ids[1:], eot) == eot)[0]
+        right = ids[0] == eot and (ids[1 + length:] == eot).all()
+        texts.append(b"".join(tokens[i] for i in ids[1: 1 + length]).decode() if right else None)
+    return texts
+
+
+def check_arithmetic():
+    """The word problems of arithmetic.c, and arithmetic.tok."""
+    program, n = "build/arithmetic", 10000
+    text = run(program, "--seed", "2", "--count", str(n))
+    problems = split_problems(text)
+    more = run(program, "--seed", "2", "--count", str(n + 9))
+    other = run(program, "--seed", "3", "--count", str(n))
+    check("arithmetic: the same problems before more, others with another seed",
+          (not more.startswith(text)) + (other == text))
+    for cc in filter(shutil.which, ("gcc", "clang")):
+        compiled = os.path.join(OUT, "arithmetic_" + cc)
+        run(cc, "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "dev/data/arithmetic.c", "-o",
+            compiled)
+        check(f"arithmetic: the same text from {cc}",
+              run(compiled, "--seed", "2", "--count", str(n)) != text)
+
+    wrong = sum(wrong_steps(answer) for _, answer in problems)
+    check(f"arithmetic: {n} problems with wrong steps", wrong + abs(len(problems) - n))
+    for steps in range(1, 5):
+        some = split_problems(run(program, "--seed", "2", "--count", "500", "--steps", str(steps)))
+        wrong = sum(wrong_steps(answer, steps, steps) for _, answer in some)
+        check(f"arithmetic: 500 problems of {steps} steps, that are wrong",
+              wrong + abs(len(some) - 500))
+    small = run(program, "--count", "500", "--largest", "20")
+    check("arithmetic: 500 problems with numbers up to 20, largest number",
+          max(map(int, re.findall(r"\d+", small))) - 20)
+    wrong = sum(wrong_steps(answer) for _, answer in split_problems(small))
+    check("arithmetic: those, that are wrong", wrong + abs(small.count("####") - 500))
+
+    questions = {question for question, _ in problems}
+    check(f"arithmetic: of {n} problems, not distinct", n - len(questions), 10)
+    check("arithmetic: questions of one seed that another has too",
+          sum(question in questions for question, _ in split_problems(other)), 10)
+    words = set(re.findall("[A-Za-z]+", " ".join(map("".join, problems))))
+    check(f"arithmetic: {len(words)} words", len(words), 150)
+    check_arithmetic_tokens(program, text, problems)
+
+
+def check_arithmetic_tokens(program, text, problems):
+    """The same problems as JSON and as sequences of 96 tokens, from gsm.py and from loopmdm."""
+    T, tok, n = 96, "dev/data/arithmetic.tok", len(problems)
+    names = ("problems.jsonl", "problems.txt", "problems.bin", "all.jsonl", "all.bin")
+    as_json, as_text, sequences, all_json, encoded = (os.path.join(OUT, name) for name in names)
+    run(program, "--seed", "2", "--count", str(n), "--jsonl", "--output", as_json)
+    with open(as_json) as f:
+        items = [json.loads(line) for line in f]
+    wrong = sum([i["question"], i["answer"]] != p for i, p in zip(items, problems))
+    check("arithmetic: problems that differ as text and as JSON", wrong + abs(len(items) - n))
+
+    run(PYTHON, "dev/data/gsm.py", "--input", as_json, "--output", sequences, "--tokenizer", tok,
+        "--rows-of", str(T))
+    tokens, eot = gsm.read_tokenizer_bin(tok)
+    encode = gsm.make_encoder(tokens, eot)
+    ids = [[encode(part) for part in problem] for problem in problems]
+    fit = [SEP.join(p) for p, i in zip(problems, ids) if sum(map(len, i)) + 2 <= T]
+    check("arithmetic: problems that fit 96 tokens come back from a shard",
+          decode_sequences(sequences, tokens, T) != fit)
+    check("arithmetic: share of problems too long for 96 tokens", 1 - len(fit) / n, 0.01)
+    check("arithmetic.tok: tokens with two digits",
+          sum(bool(re.search(rb"\d.*\d", token)) for token in tokens))
+
+    tokenize = ["./loopmdm", "tokenize", "--tokenizer", tok, "--input", as_text,
+                "--output", encoded]
+    with open(as_text, "w") as f:
+        f.write(text.replace(SEP, EOT))  # so that loopmdm encodes each part by itself
+    run(*tokenize)
+    want = [i for problem in ids for part in problem for i in (eot, *part)]
+    check(f"arithmetic: the same {len(want)} tokens from gsm.py and loopmdm tokenize",
+          shard(encoded).tolist() != want)
+    with open(as_text, "w") as f:
+        f.write(text)
+    run(*tokenize, "--rows-of", str(T))
+    check("arithmetic: the same sequences from gsm.py and loopmdm tokenize --rows-of",
+          file_bytes(encoded) != file_bytes(sequences))
+
+    run(program, "--seed", "1", "--count", "40000", "--jsonl", "--output", all_json)
+    trained = os.path.join(OUT, "all.tok")
+    tinystories.write_tokenizer_bin(trained, *gsm.train_tokenizer(all_json, len(tokens)))
+    check("arithmetic.tok: its command gives the same", file_bytes(tok) != file_bytes(trained))
+
+
+def check_templates():
+    """stories.c --templates: each is its story without some words, which were told before."""
+    options = "--seed", "5", "--count", "1000"
+    stories = run("build/stories", *options).split(f"\n{EOT}\n")[:-1]
+    templates = run("build/stories", *options, "--templates").splitlines()
+    blanks = wrong = untold = 0
+    for template, story in zip(templates, stories):
+        match = re.fullmatch(r"(\w+|\n)".join(map(re.escape, template.split("____"))), story)
+        wrong += not match
+        for k in range(1, template.count("____") + 1) if match else ():
+            before, word = story[:match.start(k)], match[k]
+            blanks += 1
+            if word == "\n":
+                untold += before.count("\n")
+            else:
+                untold += not re.search(rf"\b{word}\b", before, re.IGNORECASE)
+    check("stories: 1000 templates that are not their stories",
+          wrong + abs(len(templates) - 1000) + abs(len(stories) - 1000))
+    check(f"stories: of {blanks} blanks, not told before", untold if blanks > 5000 else 1)
+
+
+def check_gsm():
+    """gsm.py: the format of GSM8K, awkward texts, and wrong input."""
+    folder, T = os.path.join(OUT, "gsm"), 128
+    os.makedirs(folder)
+    names = ("input.jsonl", "rows.bin", "rows.tok", "bad.jsonl")
+    path, out, tok, bad = (os.path.join(folder, name) for name in names)
+    question = "Natalia sold 48 clips in April, half as many in May. How many?"
+    sold = {"question": f" {question}\n",
+            "answer": "In May 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"}
+    texts = [(question, "In May 48/2 = 24 clips.\nIn all 48+24 = 72.\n#### 72")]
+    items = [sold, {"question": "7 " * 200, "answer": "too long"}]
+    for awkward in AWKWARD:
+        awkward = awkward.replace(EOT, "")[:20]
+        answer = f"{awkward} #### {len(awkward)}"
+        items.append({"question": awkward, "answer": answer, "more": None})
+        texts.append((awkward.strip(gsm.SPACE), answer.strip(gsm.SPACE)))
+    lines = [json.dumps(item, ensure_ascii=i % 2 == 0) for i, item in enumerate(items)]
+    with open(path, "w", encoding="utf-8-sig", newline="") as f:
+        f.write("\r\n\r\n".join(lines))
+
+    usual = {"--input": path, "--output": out, "--tokenizer": tok, "--rows-of": str(T)}
+
+    def command(changes, *more):
+        options = {**usual, **changes}
+        return [PYTHON, "dev/data/gsm.py", *(w for pair in options.items() for w in pair), *more]
+
+    said = run(*command({}, "--train-tokenizer", "300"))
+    tokens, eot = gsm.read_tokenizer_bin(tok)
+    encode = gsm.make_encoder(tokens, eot)
+    lengths = [sum(len(encode(part)) for part in p) + 2 for p in texts]
+    fit = [SEP.join(p) for p, length in zip(texts, lengths) if length <= T]
+    check("gsm: sequences that are not the texts without annotations",
+          sum(a != b for a, b in zip(decode_sequences(out, tokens, T), fit)))
+    left_out = f"{len(items) - len(fit)} of {len(items)}"
+    counted = re.search(rf": {len(fit)} \w+ of {T} tokens; {left_out} problems left out", said)
+    check("gsm: the numbers of sequences and of problems left out", not counted)
+    check("gsm: awkward texts that loopmdm encodes otherwise",
+          sum(loopmdm_tokens(tok, t) != encode(t) for t in AWKWARD if "<|" not in t))
+    longest = max(lengths)
+    run(*command({"--rows-of": str(longest)}))
+    check("gsm: a problem that is just as long as a sequence is kept",
+          abs(len(shard(out)) - longest * len(texts)))
+
+    before = {name: file_bytes(folder, name) for name in os.listdir(folder)}
+    good, wrong = json.dumps(sold).encode() + b"\n", 0
+    for line, words in (
+            (b'{"question": "a", "answer": ', "line 2: not JSON"),
+            (b'{"question": "\xff", "answer": "b"}', "line 2: not JSON in UTF-8"),
+            (b"[1, 2]", "line 2: not an object"),
+            (b'{"question": "a"}', 'line 2: no text in "answer"'),
+            (b'{"question": " ", "answer": "b"}', 'line 2: no text in "question"'),
+            (b'{"question": 1, "answer": "b"}', 'line 2: no text in "question"'),
+            (b'{"question": "a<|sep|>", "answer": "b"}', "line 2: <|sep|>"),
+            (b'{"question": "\\ud800", "answer": "b"}', "line 2: half a character"),
+            (b"[" * 100000, "line 2: not JSON")):
+        with open(bad, "wb") as f:
+            f.write(good + line + b"\n" + good)
+        for train in ([], ["--train-tokenizer", "300"]):
+            wrong += fails(line[:50], command({"--input": bad}, *train), words)
+    check("gsm: malformed lines not reported", wrong)
+    with open(bad, "wb") as f:
+        f.write(b"\n\n")
+    wrong = 0
+    for name, changes, words in (
+            ("no separator", {"--tokenizer": "dev/data/stories.tok"}, "has no token <|sep|>"),
+            ("no input", {"--input": "none"}, "none: No such file"),
+            ("no tokenizer", {"--tokenizer": "none"}, "none: No such file"),
+            ("no tokenizer.bin", {"--tokenizer": "dev/data/README.md"}, "not a tokenizer.bin"),
+            ("empty", {"--input": bad}, "no problems"),
+            ("all too long", {"--rows-of": "4"}, "are too long"),
+            ("too little text", {"--train-tokenizer": "5000"}, "enough for a vocabulary of"),
+            ("a folder", {"--output": folder}, "is a folder"),
+            ("no such folder", {"--output": "none/rows.bin"}, "none/rows.bin.tmp: No such file"),
+            ("tokenizer a folder", {"--tokenizer": folder, "--train-tokenizer": "300"},
+             "is a folder")):
+        wrong += fails(name, command(changes), words)
+    check("gsm: other errors not reported", wrong)
+    os.remove(bad)
+    after = {name: file_bytes(folder, name) for name in os.listdir(folder)}
+    check("gsm: an error leaves all files as they were", before != after)
+
+
+# ---- Sudoku --------------------------------------------------------------------------------------
+
+
+def same_unit(size):
+    """For each cell of a Sudoku, the other cells in its row, column or box."""
+    height, width = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[size]
+    cells = [(r, c, (r // height, c // width)) for r in range(size) for c in range(size)]
+    return [[j for j, other in enumerate(cells)
+             if other != cell and any(u == v for u, v in zip(cell, other))] for cell in cells]
+
+
+def solutions(puzzle, size, peers, limit=2):
+    """At most `limit` of them, by brute force: each blank in turn, each digit in turn."""
+    if 0 not in puzzle:
+        return [puzzle]
+    cell, found = puzzle.index(0), []
+    for digit in range(1, size + 1):
+        if len(found) < limit and all(puzzle[j] != digit for j in peers[cell]):
+            filled = puzzle[:cell] + [digit] + puzzle[cell + 1:]
+            found += solutions(filled, size, peers, limit - len(found))
+    return found
+
+
+def check_sudoku():
+    """Boards and puzzles of dev/data/sudoku.c, its errors, and that loopmdm takes its files."""
+    folder, program = os.path.join(OUT, "sudoku"), "build/sudoku"
+    os.makedirs(folder)
+
+    def path(name):
+        return os.path.join(folder, name)
+
+    def boards_of(name, size, count, *options):
+        """The boards that it writes, or none if the file is not a shard of `count` boards."""
+        run(program, "--size", str(size), "--output", path(name), *options)
+        header, n = np.fromfile(path(name), np.int32, 256), count * size * size
+        right = np.array_equal(header, [20240520, 1, n] + [0] * 253)
+        right = right and os.path.getsize(path(name)) == 1024 + 2 * n
+        return shard(path(name)).reshape(-1, size * size).tolist() if right else []
+
+    peers = {size: same_unit(size) for size in (4, 6, 9)}
+    for size in peers:
+        boards = boards_of("boards.bin", size, 1000, "--count", "1000")
+        right = [all(1 <= v <= size and all(v != b[j] for j in peers[size][i])
+                     for i, v in enumerate(b)) for b in boards]
+        check(f"sudoku: 1000 boards of size {size}, that are wrong", 1000 - sum(right))
+        check(f"sudoku: the first 10 of 1000 boards of size {size} are the same as 10 boards",
+              boards_of("fewer.bin", size, 10, "--count", "10") != boards[:10])
+        if size > 4:  # of size 4 there are only 288
+            other = boards_of("other.bin", size, 1000, "--seed", "2")
+            check(f"sudoku: 1000 boards of size {size}, that are the same with another seed",
+                  sum(map(list.__eq__, boards, other)))
+    for size, givens, count in ((4, 4, 50), (6, 16, 50), (6, 10, 50), (9, 30, 10)):
+        options = "--givens", str(givens), "--count", str(count), "--seed"
+        pairs = boards_of("puzzles.bin", size, 2 * count, *options, "3")
+        puzzles, answers = pairs[::2], pairs[1::2]
+        wrong = sum(sum(v > 0 for v in p) != givens for p in puzzles)
+        check(f"sudoku: {count} puzzles of size {size}, without exactly {givens} givens",
+              wrong if pairs else 1)
+        wrong = sum(solutions(p, size, peers[size]) != [a] for p, a in zip(puzzles, answers))
+        check(f"sudoku: {count} puzzles of size {size}, that have other solutions than their own",
+              wrong if pairs else 1)
+        again = boards_of("again.bin", size, 2 * count, *options, "3")
+        check("sudoku: the same seed again, boards that differ",
+              sum(map(list.__ne__, pairs, again)))
+        other = boards_of("other.bin", size, 2 * count, *options, "4")
+        check("sudoku: another seed, puzzles that are the same",
+              sum(map(list.__eq__, puzzles, other[::2])))
+
+    check_sudoku_errors(program, path)
+    for size in peers:
+        digits = "123456789"[:size]
+        run(program, "--size", str(size), "--tokenizer", path("sudoku.tok"))
+        ids = loopmdm_tokens(path("sudoku.tok"), f".{digits}.{EOT}")
+        check(f"sudoku: loopmdm reads the tokenizer of size {size}",
+              ids != [0, *range(1, size + 1), 0, size + 1])
+    run_loopmdm("train", "--data", path("boards.bin"), "--tokenizer", path("sudoku.tok"),
+                "--seq-len", "81", "--layers", "1", "--channels", "16", "--heads", "1",
+                "--loop", "0:1", "--max-loops", "1", "--batch", "1", "--steps", "1",
+                "--out", path("model"))
+    check("sudoku: loopmdm trains on boards: steps", abs(column(path("model"), "step")[-1] - 1))
+
+
+def check_sudoku_errors(program, path):
+    """Wrong command lines and a full disk: one line each, and no file changes."""
+    folder, out = path(""), path("new.bin")
+    before = sorted(os.listdir(folder))
+
+    def files_after(status, *options):
+        """The files after an error with this status and one line; None after anything else."""
+        done = subprocess.run([program, *options], capture_output=True)
+        said = done.stderr.decode(errors="replace")
+        right = done.returncode == status and not done.stdout
+        if right and re.fullmatch(r"sudoku: [^\n]+\n", said):
+            return sorted(os.listdir(folder))
+        print(options, done.returncode, said)
+
+    six = "--size", "6", "--output", out
+    bad = [
+        (), ("--size",), ("--size", "6"), ("--size", "5", "--output", out),
+        ("--size", "06", "--output", out), ("--output", out), (*six, "--count"),
+        (*six, "--count", "0"), (*six, "--count", "-1"), (*six, "--count", "1e3"),
+        (*six, "--count", " 7"), (*six, "--count", "59652324"),
+        (*six, "--count", "29826162", "--givens", "16"), (*six, "--count", "99999999999999999999"),
+        (*six, "--givens", "0"), (*six, "--givens", "37"), (*six, "--seed", "18446744073709551616"),
+        (*six, "--seed", ""), (*six, "--sead", "1"), (*six, "new.bin"), (*six, "--tokenizer", out),
+        (*six, "--tokenizer", path("./new.bin")), (*six, "--tokenizer", path("../sudoku/new.bin")),
+        (*six, "--tokenizer", out + ".tmp"),
+        ("--size", "6", "--output", out + ".tmp", "--tokenizer", out),
+        ("--size", "6", "--tokenizer", out, "--count", "5"),
+    ]
+    check(f"sudoku: of {len(bad)} wrong command lines, without one line, status 2 and no file",
+          sum(files_after(2, *options) != before for options in bad))
+    wrong = files_after(1, *six, "--givens", "5", "--tokenizer", path("new.tok")) != before
+    wrong += files_after(1, "--size", "6", "--output", path("no/new.bin")) != before
+    check("sudoku: no such puzzle or folder: one line, status 1 and no file", wrong)
+    if not os.path.exists("/dev/full"):
+        return
+    boards, old = path("boards.bin"), file_bytes(path("boards.bin"))
+    for name in ("--output", "--tokenizer"):
+        # It writes boards.bin.tmp, which is a full disk here, and renames it when it is complete.
+        if os.path.lexists(boards + ".tmp"):
+            os.remove(boards + ".tmp")
+        os.symlink("/dev/full", boards + ".tmp")
+        wrong = files_after(1, "--size", "9", name, boards) != before
+        check(f"sudoku: disk full, {name}: one line, status 1 and the old file",
+              wrong or os.path.islink(boards) or file_bytes(boards) != old)
+    check("sudoku: --output /dev/full: one line and status 1",
+          files_after(1, "--size", "9", "--output", "/dev/full") != before)
+
+
+# ---- Reference files -----------------------------------------------------------------------------
+
+
+def reference_tensors(path):
+    """{name: float64 array} of a reference file."""
+    data, at, out = file_bytes(path), 1024, {}
+    for _ in range(np.frombuffer(data, np.int32, 3)[2]):
+        name = data[at: at + 32].rstrip(b"\0").decode()
+        kind, _, *sizes = np.frombuffer(data, np.int32, 6, at + 32).tolist()
+        dtype = np.dtype({1: np.int32, 2: np.float32, 3: np.float64}[kind])
+        count = int(np.prod(sizes))
+        out[name] = np.frombuffer(data, dtype, count, at + 56).astype(np.float64)
+        at += 56 + count * dtype.itemsize
+    return out
+
+
+def check_reference():
+    """The reference files in the repository are what dump.py writes."""
+    for name, (shape, *rest) in dump.SMALL_CASES.items():
+        ours, theirs = os.path.join(OUT, name + ".bin"), f"dev/reference/{name}.bin"
+        dump.dump(ours, reference.make_config(*shape), *rest)
+        check(f"{name}.bin: size", abs(os.path.getsize(ours) - os.path.getsize(theirs)))
+        x, y = reference_tensors(ours), reference_tensors(theirs)
+        check(f"{name}.bin: names of tensors, that differ", len(x.keys() ^ y.keys()))
+        errors = [np.abs(x[k] - y[k]).max() / max(1, np.abs(y[k]).max()) for k in x if k in y]
+        check(f"{name}.bin: numbers", float(max(errors)), 1e-5)
+
+
+# ---- Training, evaluation and samples, beside PyTorch --------------------------------------------
+
+
+def column(folder, name):
+    """A column of a training's log."""
+    with open(os.path.join(folder, "log.csv")) as f:
+        return [float(line[name]) for line in csv.DictReader(f)]
+
+
+def largest(a, b):
+    """The largest difference; infinite if the lists are not of the same length."""
+    return max(map(abs, np.subtract(a, b))) if len(a) == len(b) > 0 else np.inf
+
+
+def new_folder(*names):
+    """Paths in OUT where there is nothing yet."""
+    paths = [os.path.join(OUT, name) for name in names]
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    return paths
+
+
+def losses_printed(said):
+    """(step, mean loss) of each line of progress."""
+    return [(int(step), float(loss))
+            for step, loss in re.findall(r"^step (\d+)/\d+ \| loss (\S+) ", said, re.M)]
+
+
+def tensors_of(path, magic, version):
+    """The parameters, moments and average in a checkpoint file, each as one array."""
+    parts = reference.read_floats(path, magic, version)[2]
+    return [np.concatenate([t.numpy().ravel() for t in part.values()]) for part in parts]
+
+
+def check_model_file(what, folder):
+    """model.bin has the average of the parameters if there is one, else the parameters."""
+    state = tensors_of(os.path.join(folder, "state.bin"), reference.STATE_MAGIC, 2)
+    model, = tensors_of(os.path.join(folder, "model.bin"), reference.MODEL_MAGIC, 1)
+    averaged = len(state) == 4
+    name = "average" if averaged else "parameters"
+    check(f"{what}: model.bin has the {name}", not np.array_equal(model, state[-averaged]))
+    if averaged:
+        check(f"{what}: the average is no copy", np.array_equal(state[3], state[0]))
+    return state
+
+
+def check_checkpoints(model):
+    """Each program writes the same files, and resumes from those that the other one wrote."""
+    for what, options in (("", []), (", average", ["--ema", "0.9"])):
+        c, p = new_folder("c", "pytorch")
+        train = ["train", *model, *options, "--warmup", "3", "--steps"]
+        run_loopmdm(*train, "5", "--out", c)
+        os.makedirs(p)
+        reference.checkpoint_save(p, reference.checkpoint_load(c))
+        for name in ("state.bin", "model.bin"):
+            check(f"{name}{what}: from C through PyTorch, the same bytes",
+                  file_bytes(c, name) != file_bytes(p, name))
+        check_model_file(f"C{what}", c)
+
+        # c: C, C, PyTorch. p: C, PyTorch, C.
+        shutil.copy(os.path.join(c, "log.csv"), p)
+        run_loopmdm(*train, "10", "--out", c, "--resume")
+        run_reference(*train, "10", "--out", p, "--resume")
+        check_model_file(f"PyTorch{what}", p)
+        run_reference(*train, "12", "--out", c, "--resume")
+        run_loopmdm(*train, "12", "--out", p, "--resume")
+        check(f"C, C, PyTorch beside C, PyTorch, C{what}: steps",
+              largest(column(c, "step"), list(range(1, 13))))
+        check(f"C, C, PyTorch beside C, PyTorch, C{what}: loss",
+              largest(column(c, "loss"), column(p, "loss")), 1e-4)
+        states = [check_model_file(f"{name}{what}, step 12", folder)
+                  for name, folder in (("PyTorch", c), ("C", p))]
+        check(f"C, C, PyTorch beside C, PyTorch, C{what}: state.bin, relative",
+              max(relative(a, b) for a, b in zip(*states)), 1e-4)
+
+        # A save that was interrupted leaves an old model.bin beside a new state.bin.
+        for name, folder, program in (("C", c, run_loopmdm), ("PyTorch", p, run_reference)):
+            before = file_bytes(folder, "model.bin")
+            os.remove(os.path.join(folder, "model.bin"))
+            program(*train, "12", "--out", folder, "--resume")
+            check(f"{name}{what}: --resume writes model.bin from state.bin",
+                  file_bytes(folder, "model.bin") != before)
+
+
+def relative(a, b):
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def check_side_by_side(name, model, options, first=None):
+    """
+    The same training in C and in PyTorch. first: a folder with a model to begin with. Returns both
+    folders and what both printed.
+    """
+    c, p = new_folder("c", "pytorch")
+    words = ["train", *model, *options]
+    if first:
+        said = [run_loopmdm(*words, "--out", c, "--init", first)]
+        said.append(run_reference(*words, "--out", p, *begin_with(first, p, model, options)))
+    else:
+        said = [run_loopmdm(*words, "--out", c), run_reference(*words, "--out", p)]
+    error = largest(column(c, "loss"), column(p, "loss"))
+    check(f"{name}: loss, largest difference", error, 1e-3 if "200" in name else 1e-4)
+    for key, tolerance in (("step", 0), ("loops", 0), ("t", 0), ("lr", 1e-12), ("flops", 1e3)):
+        error = largest(column(c, key), column(p, key))
+        check(f"{name}: {key}, largest difference", error, tolerance)
+    return c, p, said
+
+
+def begin_with(first, folder, model, options):
+    """
+    Writes the checkpoint of a training of no steps with the parameters in model.bin of `first`.
+    PyTorch resumes it where loopmdm has --init. Returns the option for that.
+    """
+    words = [*model, *options]
+    a, b = map(int, words[words.index("--loop") + 1].split(":"))
+    other, _ = reference.model_load(first)
+    model = reference.LoopMDM(replace(other.config, loop_start=a, loop_end=b),
+                              dict(other.named_parameters()))
+    optimizer = reference.make_optimizer(model, 0.0, 0.1)
+    for p in model.parameters():
+        optimizer.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    os.makedirs(folder)
+    batch = int(words[words.index("--batch") + 1])
+    reference.checkpoint_save(folder, reference.Run(model, optimizer, None, 0, batch, 1, 0.0))
+    return ["--resume"]
+
+
+def check_training(data):
+    """Checkpoints to and fro, and trainings side by side from the same seed."""
+    model = ["--data", os.path.join(data, "train.bin"),
+             "--tokenizer", os.path.join(data, "tokenizer.bin"), "--layers", "4",
+             "--channels", "32", "--heads", "2", "--seq-len", "32", "--loop", "1:3",
+             "--max-loops", "4", "--batch", "8"]
+    check_checkpoints(model)
+
+    val = os.path.join(data, "val.bin")
+    options = ["--val-data", val, "--val-every", "100", "--val-rows", "64", "--steps", "200"]
+    c, p, said = check_side_by_side("200 steps", model, options)
+    losses = column(c, "loss"), column(p, "loss")
+    print("\n200 steps side by side   step   loss in C   loss in PyTorch")
+    for step in (0, 19, 49, 99, 149, 199):
+        print(f"{step + 1:>29}   {losses[0][step]:.6f}   {losses[1][step]:.6f}")
+    print()
+    for S in (1, 2, 4):
+        with open(os.path.join(c, "log.csv")) as f, open(os.path.join(p, "log.csv")) as g:
+            nelbo = [[float(line[f"val_nelbo_s{S}"] or 0) for line in csv.DictReader(log)]
+                     for log in (f, g)]
+        check(f"200 steps: validation NELBO, S={S}", largest(*nelbo), 1e-4)
+        check(f"200 steps: two validations, S={S}", np.count_nonzero(nelbo[0]) != 2)
+    lines = [losses_printed(text) for text in said]
+    check("200 steps: lines are printed after steps 1, 10, 20, ..",
+          [step for step, _ in lines[0]] != [1, *range(10, 201, 10)])
+    check("200 steps: the same lines, mean loss",
+          largest(np.ravel(lines[0]), np.ravel(lines[1])), 2e-3)
+    want = [np.mean(losses[0][1:10]), np.mean(losses[0][190:])]
+    check("200 steps: the printed loss is the mean since the line before",
+          largest([lines[0][1][1], lines[0][-1][1]], want), 1e-4)
+    check_eval_and_sample(c, data, val)
+
+    # What else training can do. Then models learn from sequences with a context.
+    check_side_by_side("average, flops", model, ["--ema", "0.9", "--loop-dist", "flops",
+                                                 "--accum", "2", "--steps", "20", "--warmup", "5"])
+    states = [check_model_file(f"average, flops, {name}", os.path.join(OUT, name))
+              for name in ("c", "pytorch")]
+    check("average, flops: the average, relative", relative(states[0][3], states[1][3]), 1e-4)
+    problems = os.path.join(OUT, "problems.bin")
+    answers = ["--data", problems, "--val-data", problems, "--val-rows", "32", "--batch", "4",
+               "--tokenizer", "dev/data/arithmetic.tok", "--model", "d2", "--seq-len", "96",
+               "--layers", "3", "--answers-after", SEP, "--warmup", "5"]
+    c, _, _ = check_side_by_side("answers", answers, ["--steps", "20", "--ema", "0.5"])
+    evaluate = ["eval", "--model", c, "--data", problems, "--rows", "32", "--loops", "1,4",
+                "--answers-after", SEP]
+    said = [run_loopmdm(*evaluate), run(PYTHON, "train_gpt2style.py", *evaluate)]
+    check("answers: NELBO", largest(*map(nelbo_printed, said)), 2e-4)
+    first, = new_folder("first")
+    shutil.copytree(c, first)
+    check_side_by_side("answers from --init, with another loop", answers,
+                       ["--steps", "5", "--loop", "1:3"], first)
+
+
+def nelbo_printed(said):
+    """The NELBO of each number of loops in the table of the command eval."""
+    return [float(nelbo) for nelbo in re.findall(r"^ *\d+ +\d+ +(\d+\.\d{4})", said, re.M)]
+
+
+def check_eval_and_sample(folder, data, val):
+    """The commands eval and sample of both programs on one model, and errors of PyTorch's."""
+    command = ["eval", "--model", folder, "--data", val, "--rows", "50", "--loops", "1,3,4,9"]
+    tables = nelbo_printed(run_loopmdm(*command)), nelbo_printed(run_reference(*command))
+    check("eval: NELBO at 1, 3, 4 and 9 loops", largest(*tables), 2e-4)
+    check("eval: rows of the table, missing", 4 - len(tables[0]))
+    for options in (
+            ["--steps", "8", "-n", "3"],
+            ["--order", "random", "--steps", "20", "--loops", "6", "-n", "18", "--seed", "5"],
+            ["--steps", "12", "--block", "8", "--temperature", "0", "--prompt", "Once upon a time"],
+            ["--order", "margin", "--steps", "9", "--top-k", "20", "--length", "20", "-n", "2"],
+            ["--order", "entropy", "--steps", "6", "--top-p", "0.8", "--prompt", "“Zoë, it's 7…”"],
+            ["--order", "threshold", "--threshold", "0.3", "--block", "16", "-n", "2"]):
+        command = ["sample", "--model", folder, *options]
+        ours = run_loopmdm(*command)
+        check(f"sample {' '.join(options[:6])}: the same {len(ours)} characters",
+              len(ours) < 20 or ours != run_reference(*command))
+
+    for words, error in (
+            (["sample", "--model", folder, "--steps", "2", "--block", "4"], "needs one"),
+            (["sample", "--model", folder, "--prompt", "long " * 40], "are possible"),
+            (["eval", "--model", data, "--data", val], "No such file"),
+            (["train", "--data", val, "--tokenizer", os.path.join(data, "tokenizer.bin"), "--out",
+              folder], "already holds a model"),
+            (["eval", "--model", folder, "--data", val[:-1]], "no file matches")):
+        said = None
+        try:
+            run_reference(*words)
+        except SystemExit as e:
+            said = e.code
+        check(f"PyTorch's {words[0]}, an error that says '{error}'",
+              not isinstance(said, str) or error not in said or "\n" in said)
+    path = os.path.join(folder, "state.bin")
+    damaged = bytearray(file_bytes(path))
+    damaged[5000] ^= 1
+    with open(path, "wb") as f:
+        f.write(damaged)
+    try:
+        said = reference.checkpoint_load(folder)
+    except ValueError as e:
+        said = e
+    check("PyTorch notices that state.bin is damaged", "is damaged" not in str(said))
+
+
+def main():
+    shutil.rmtree(OUT, ignore_errors=True)
+    os.makedirs(OUT)
+    text = os.environ.get("TINYSTORIES") or "build/stories_val.txt"
+    data = check_tokenizer(text, "vocab 700", "--vocab", "700")
+    names = ("gpt2_vocab.json", "gpt2_merges.txt")
+    beside = [os.path.join(os.path.dirname(text), name) for name in names]
+    if all(map(os.path.exists, beside)):
+        check_tokenizer(text, "gpt2", "--vocab", "gpt2", "--gpt2-vocab", beside[0],
+                        "--gpt2-merges", beside[1])
+    check_templates()
+    check_arithmetic()
+    check_gsm()
+    check_reference()
+    check_sudoku()
+    check_training(data)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
