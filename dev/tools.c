@@ -1230,7 +1230,7 @@ static SampleOptions sample_options(Loops loops, int steps, double temperature) 
     if (opt_top_p > 1 || opt_threshold > 1)
         die(USAGE, "--top-p and --threshold are probabilities: at most 1");
     only_with("--order threshold", order == ORDER_THRESHOLD, " threshold ");
-    only_with("a schedule of steps, which --order threshold has not", order != ORDER_THRESHOLD,
+    only_with("an order that has a schedule; threshold has none", order != ORDER_THRESHOLD,
               " steps ");
     only_with("--temperature above 0", temperature > 0, " top-k top-p ");
 

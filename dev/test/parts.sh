@@ -2,7 +2,7 @@
 # A part is a command or a function whose last line is "N passed, N failed".
 jobs=${JOBS:-2} # parts at a time
 logs=build/test/logs
-passed=0 failed=0
+passed=0 failed=0 running=0
 rm -rf $logs && mkdir -p $logs
 trap 'kill $(jobs -p) 2>/dev/null; exit 1' INT TERM # Ctrl-C ends the parts too
 
@@ -16,15 +16,20 @@ start() {
     done
     {
         SECONDS=0
-        "$@" >"$logs/$name" 2>&1
+        ("$@") >"$logs/$name" 2>&1 # in a subshell, which a function may leave with exit
         echo "$? $SECONDS" >"$logs/$name.ended"
     } &
+    running=$((running + 1))
 }
 
 # finish: waits for all parts, prints the sums and ends the script. Exit status 1 if a check failed.
 finish() {
     wait
     show_ended
+    if [ $running -ne 0 ]; then
+        echo "FAIL  $running parts were killed"
+        failed=$((failed + running))
+    fi
     echo
     echo "$passed passed, $failed failed"
     [ "$failed" -eq 0 ]
@@ -40,6 +45,7 @@ show_ended() {
         name=$(basename "$ended" .ended)
         read -r status seconds <"$ended"
         rm "$ended"
+        running=$((running - 1))
         echo "---- $name ($seconds s)"
         cat "$logs/$name"
         last=$(tail -n 1 "$logs/$name" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
