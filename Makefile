@@ -170,7 +170,8 @@ test_cuda_on_cpu: loopmdm $(TEST_ON_CPU) $(STORIES)
 	$(TOOLS) bash dev/test/test_cuda.sh on_cpu
 
 test:
-	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm $(TEST_ON_CPU) $(EXPERIMENT_DATA)
+	$(MAKE) -j2 .venv/ready loopmdm build/test_loopmdm build/arithmetic build/sudoku \
+		$(TEST_ON_CPU) $(EXPERIMENT_DATA)
 	$(TOOLS) bash dev/test/test.sh
 
 # ---- dev/bench: where the time of a step goes, and what bench.py cannot time from outside ----

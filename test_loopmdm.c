@@ -2208,7 +2208,7 @@ static void check_usage(void) {
         {2, "at most 1", "sample --model whole --top-p 1.5"},
         {2, "--adaptive takes", "sample --model whole --adaptive 0.1,0.2"},
         {2, "no effect without --order threshold", "sample --model whole --threshold 0.5"},
-        {2, "no effect without a schedule", "sample --model whole --order threshold --steps 4"},
+        {2, "without an order that", "sample --model whole --order threshold --steps 4"},
         {2, "no effect without --temperature", "sample --model whole --temperature 0 --top-k 4"},
         {2, "no effect without --watch", "sample --model whole --show-loops"},
         {1, "are possible", "sample --model whole --fill '____ bbbb bbbb bbbb bbbb bbbb bbbb bbbb "

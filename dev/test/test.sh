@@ -111,7 +111,7 @@ large_reference() {
     return $status
 }
 
-sanitizers="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+sanitizers="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 export OMP_NUM_THREADS=1 # each part has one core. Checks of several threads set their number
 start python $python dev/test/test_python.py # the longest parts first
 start reference large_reference

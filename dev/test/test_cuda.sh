@@ -126,7 +126,7 @@ same_digest() {
 # AddressSanitizer: nothing is read or written out of bounds, and it would be noticed.
 sanitized() { # PRECISION, BF16
     local ok=0 bad=0 test=$work/test_sanitized_$1
-    $CXX -x c++ -std=c++17 -I. -O1 -g $OPENMP -fsanitize=address,undefined \
+    $CXX -x c++ -std=c++17 -I. -O1 -g1 $OPENMP -fsanitize=address,undefined \
         -fno-sanitize-recover=all -Wall -Wextra -Werror -DBF16=$2 \
         -DBACKEND='"build/loopmdm_on_cpu.cpp"' test_loopmdm.c -o "$test"
     check "$1: build" $?
