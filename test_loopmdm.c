@@ -1150,6 +1150,35 @@ static void check_optimizer(void) {
     release(mark);
 }
 
+// The average keeps a share of itself: (1 + step) / (10 + step) at first, then --ema. With a rate
+// of zero the parameters stay, so only the average moves.
+static void check_average(void) {
+    int mark = num_kept;
+    Config c = small_config(1, 3);
+    Model m;
+    model_build(&m, c);
+    m.keeps_ema = 1;
+    model_reserve(&m, 1, c.max_seq_len, 1, 1, 0);
+    size_t n = m.params.total;
+    float *params = FLOATS(n), *average = FLOATS(n);
+    init_parameters(params, c, 3);
+    for (size_t i = 0; i < n; i++) average[i] = 1;
+    model_set_parameters(&m, params);
+    write_tensors(&m.ema, average);
+    AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, 0.7};
+    double keeps = 1, error = 0;
+    for (int step = 1; step <= 30; step += 29) { // (1 + 30) / (10 + 30) is more than 0.7
+        model_update(&m, o, 0, step);
+        read_tensors(average, &m.ema);
+        keeps *= step == 1 ? 2 / 11. : 0.7; // of the 1 that it began with
+        for (size_t i = 0; i < n; i++)
+            error = worse(error, fabs(average[i] - (keeps + (1 - keeps) * params[i])));
+    }
+    check("average of parameters, what it keeps", error, 1e-6, "steps 1 and 30");
+    model_free(&m);
+    release(mark);
+}
+
 static void check_threads(void) {
 #ifdef __SSE__
     volatile float least = FLT_MIN;
@@ -1822,7 +1851,9 @@ static void check_resume(const char *whole, const char *name, const char *option
     // The header of log.csv has less than 100 bytes; then comes a line for each step.
     if (number == SIGKILL) stop_run(name, "state.bin", 0, options, number);
     else stop_run(name, "log.csv", 100, options, number);
-    check("tear", shell("printf 1 >>%s/log.csv", name), 0, "the log's last line");
+    // A line of a step after the checkpoint, and a part of a line
+    check("write", shell("printf '39,1,0.5,2,0.1,1,100,1e9,,,\\n1' >>%s/log.csv", name), 0,
+          "lines at the end of the log");
     snprintf(arguments, sizeof arguments, "train %s --out %s --resume", options, name);
     succeed("resume, exit status", name, arguments);
     static const char *const files[] = {"model.bin", "state.bin", "tokenizer.bin"};
@@ -1954,6 +1985,22 @@ static void check_state(void) {
           floats_differ(s.part[0], plain.part[0], 3 * s.total), 0, "parameters and moments");
 }
 
+// The average begins as the parameters: after step 1 it is 2/11 of those before the step and 9/11
+// of those after it.
+static void check_first_average(void) {
+    int mark = num_kept;
+    succeed("train, exit status", "1 step with --ema",
+            "train " BASE "--steps 1 --ema 0.5 --seed 3 --out first");
+    StateFile s = read_state("first/state.bin");
+    float *before = FLOATS(s.total), *want = FLOATS(s.total);
+    init_parameters(before, s.config, 3);
+    for (size_t i = 0; i < s.total; i++)
+        want[i] = (2 * before[i] + 9 * s.part[STATE_PARAMETERS][i]) / 11;
+    check("average after one step", largest_difference(s.part[STATE_EMA], want, s.total), 1e-6,
+          "2/11 of the start");
+    release(mark);
+}
+
 // Stopped between the two files of a checkpoint: model.bin is older, or missing.
 static void check_between(void) {
     check("copy", shell("cp -r whole between"), 0, "a checkpoint");
@@ -1976,6 +2023,7 @@ static void check_training(void) {
     check_resume("plain", "interrupted", LONG, SIGINT);
     check_printed();
     check_state();
+    check_first_average();
     check_between();
 }
 
@@ -2208,7 +2256,7 @@ static void check_usage(void) {
         {2, "at most 1", "sample --model whole --top-p 1.5"},
         {2, "--adaptive takes", "sample --model whole --adaptive 0.1,0.2"},
         {2, "no effect without --order threshold", "sample --model whole --threshold 0.5"},
-        {2, "without an order that", "sample --model whole --order threshold --steps 4"},
+        {2, "--steps has no effect without", "sample --model whole --order threshold --steps 4"},
         {2, "no effect without --temperature", "sample --model whole --temperature 0 --top-k 4"},
         {2, "no effect without --watch", "sample --model whole --show-loops"},
         {1, "are possible", "sample --model whole --fill '____ bbbb bbbb bbbb bbbb bbbb bbbb bbbb "
@@ -2463,6 +2511,7 @@ static void check_all(int argc, char **argv) {
     check_noise();
     check_draws_of_loops();
     check_optimizer();
+    check_average();
     check_threads();
     check_flops();
     check_all_draws();
