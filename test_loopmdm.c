@@ -85,6 +85,8 @@ static void check(const char *kind, double error, double tolerance, const char *
            tolerance);
     passed += ok;
     failed += !ok;
+
+    // The table has one line for each kind: it keeps the largest error, or NaN.
     while (kinds[k].kind && strcmp(kinds[k].kind, kind)) k++;
     if (k == COUNT(kinds) - 1) die(FAILED, "too many kinds of checks");
     if (!kinds[k].kind || !(error <= kinds[k].error)) kinds[k].error = error;
@@ -168,9 +170,9 @@ static int *to_model(const int *values, size_t n) { // a copy (n) in the model's
 
 // The logits (R,V) of the last head_forward().
 static void read_logits(float *to, const Model *m, int R) {
-    int V = m->config.vocab_size, distance = V;
+    int V = m->config.vocab_size, distance = V; // of two rows of logits
 #ifdef BACKEND
-    distance = m->padded_logits;
+    distance = m->padded_logits; // rows begin at multiples of 16 bytes
 #endif
     for (int r = 0; r < R; r++)
         read_memory(to + (size_t)r * V, m->logits + (size_t)r * distance, V * sizeof(float));
@@ -194,7 +196,7 @@ static void copy_parameters(Model *to, const Model *from) {
 
 static void clear_gradients(Model *m) {
     int mark = num_kept;
-    write_tensors(&m->grads, FLOATS(m->grads.total));
+    write_tensors(&m->grads, FLOATS(m->grads.total)); // zeros
     release(mark);
 }
 
@@ -209,7 +211,7 @@ static void build_small(Model *m, Config c, int B, int max_loops, int recompute)
     model_build(m, c);
     model_reserve(m, B, c.max_seq_len, max_loops, 1, recompute);
     float *params = FLOATS(m->params.total);
-    init_parameters(params, c, 3);
+    init_parameters(params, c, 3); // biases are zero, gains are one
     for (size_t i = 0; i < m->params.total; i++)
         params[i] += 0.2f * (float)(random_uniform(4, 0, 0, i) - 0.5);
     model_set_parameters(m, params);
@@ -233,7 +235,7 @@ static void set_batch(Model *m, int step, int first, int B, int total) {
     for (int i = 0; i < B * T; i++)
         targets[i] = (int)(random_bits(7, 0, step, first * T + i) % m->config.vocab_size);
     Noise noise = {5, (uint64_t)step, first, total};
-    model_noise(m, targets, INTS(B), noise, B, T);
+    model_noise(m, targets, INTS(B), noise, B, T); // zeros: no sequence has a context
     release(mark);
 }
 
@@ -283,7 +285,7 @@ static Dump dump_open(const char *path) {
     d.file = (const unsigned char *)map_file(path, 20260527, 1, "reference file", &d.bytes);
     d.n = ((const int *)d.file)[2];
     d.tensors = (DumpTensor *)host_array(d.n, sizeof *d.tensors);
-    size_t at = 1024;
+    size_t at = 1024; // the header
     for (int i = 0; i < d.n; i++) {
         DumpTensor *t = &d.tensors[i];
         memcpy(t->name, d.file + at, 32);
@@ -339,9 +341,13 @@ static void reference_parameters(Reference *r) {
     const Dump *d = &r->dump;
     Model *m = &r->model;
     float *params = FLOATS(m->params.total);
+
+    // The checksum stands for all of the initial parameters.
     init_parameters(params, r->config, r->seed);
     int crc = (int)crc32(params, m->params.total * sizeof(float));
     check("initial parameters, checksum", crc != *DUMP_INTS(d, 1, "init_crc"), 0, "%s", d->name);
+
+    // The other checks begin with other parameters, at which no gradient is trivial.
     float *at = params;
     for (int i = 0; i < NUM_TENSORS; i++) {
         size_t n = m->params.size[i];
@@ -375,7 +381,7 @@ static void reference_answers(Reference *r) {
     int BT = r->B * r->T, *given = INTS(r->B), *tokens = INTS(BT);
     const int *targets = DUMP_INTS(d, BT, "answers_targets");
     uint16_t *as_shard = (uint16_t *)host_array(BT, sizeof(uint16_t));
-    for (int i = 0; i < BT; i++) as_shard[i] = (uint16_t)targets[i];
+    for (int i = 0; i < BT; i++) as_shard[i] = (uint16_t)targets[i]; // sequence after sequence
     Shard shard = {as_shard, BT};
     Data data = {&shard, 1, r->T, *DUMP_INTS(d, 1, "answers_sep"), BT};
     for (int b = 0; b < r->B; b++)
@@ -406,6 +412,8 @@ static void reference_passes(Reference *r, int S) {
     int n = c.loop_end - c.loop_start, V = c.vocab_size, R = m->R;
     size_t BTC = (size_t)r->B * r->T * c.channels;
     float *state = FLOATS(BTC), *logits = FLOATS((size_t)R * V), *grads = FLOATS(m->params.total);
+
+    // In training each pass has a state of its own, so they are all there after the forward.
     model_forward(m, S);
     read_memory(state, pass_input(m, num_passes(c, S)), BTC * sizeof(float));
     double error = state_error(state, DUMP_FLOATS(d, BTC, "hidden/%d", S), BTC);
@@ -422,7 +430,7 @@ static void reference_passes(Reference *r, int S) {
           d->name, S);
     model_backward(m);
     read_tensors(grads, &m->grads);
-    clear_gradients(m);
+    clear_gradients(m); // the next S starts from zero
 
     // The head once more, because the backward has overwritten its logits.
     for (int r0 = 0; r0 < R; r0 += m->head_rows) {
@@ -434,6 +442,7 @@ static void reference_passes(Reference *r, int S) {
     check(BF16 ? "logits, relative" : "logits, largest difference",
           state_error(logits, DUMP_FLOATS(d, RV, "logits/%d", S), RV), TOLERANCE(1e-4, BF16_HIDDEN),
           "%s S=%d, %d masked positions", d->name, S, R);
+
     const float *at = grads;
     for (int i = 0; i < NUM_TENSORS; i++) {
         size_t size = m->grads.size[i];
@@ -486,6 +495,8 @@ static void reference_samplers(Reference *r) {
         SampleOptions o = {(int)v[0], order, (int)v[6], v[5], loops, draw};
         const DumpTensor *want = find(d, 1, 0, "sample/%s", t->name + prefix);
         Trace trace = {(const int *)want->data, BT, want->size[0], 0};
+
+        // compare_step() sees the tokens after each step. The last ones must be the result.
         memcpy(x, DUMP_INTS(d, BT, "sample_given"), BT * sizeof(int));
         sample(&r->model, x, r->B, r->T, o, 0, compare_step, &trace);
         trace.different += count_different(x, trace.want + (trace.steps - 1) * BT, BT);
@@ -493,6 +504,8 @@ static void reference_samplers(Reference *r) {
               t->name + prefix);
         traces++;
     }
+
+    // Files with many tokens have fewer: PyTorch would take minutes to write more.
     check("samplers' traces, missing", traces < (r->config.vocab_size > 1000 ? 3 : 12), 0, "%s",
           d->name);
 }
@@ -536,6 +549,8 @@ static void reference_training(Reference *r, int average) {
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, average ? 0.4 : 0};
     Recipe recipe = {(uint64_t)r->seed, 2 * r->B, r->B};
     double loss_error = 0, norm_error = 0, drawn_error = 0;
+
+    // A model of its own, because the steps change the parameters
     Model m;
     model_build(&m, r->config);
     m.keeps_ema = average;
@@ -545,6 +560,7 @@ static void reference_training(Reference *r, int average) {
     float *params = FLOATS(total);
     read_tensors(params, &m.params);
     if (average) write_tensors(&m.ema, params); // the average begins as the parameters
+
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(r->config.max_loops, recipe.seed, step);
         Gradient g = train_gradient(&m, &r->data, recipe, step, S);
@@ -554,6 +570,7 @@ static void reference_training(Reference *r, int average) {
         norm_error = worse(norm_error, fabs(g.norm / norm[step] - 1));
         drawn_error += S != drawn[step];
     }
+
     check("loops drawn, that differ", drawn_error, 0, "%s%s", d->name, what);
     check("losses of AdamW steps, relative", loss_error, TOLERANCE(2e-5, BF16_LOSS),
           "%s, %d steps%s", d->name, steps, what);
@@ -580,6 +597,8 @@ static void check_reference(const char *path, const char *folder) {
     r.T = find(d, 1, 0, "x")->size[1];
     r.num_loops = (int)find(d, 1, 0, "loops")->count;
     memcpy(r.loops, DUMP_INTS(d, r.num_loops, "loops"), r.num_loops * sizeof(int));
+
+    // Its corpus becomes a file, because data_open() reads files.
     char *shard = concat(folder, "/reference.bin");
     write_shard(shard, DUMP_INTS(d, 0, "tokens"), (int)find(d, 1, 0, "tokens")->count);
     r.data = data_open(shard, r.config.vocab_size, r.config.max_seq_len);
@@ -592,6 +611,7 @@ static void check_reference(const char *path, const char *folder) {
     reference_levels(&r);
     for (int i = 0; i < r.num_loops; i++) reference_passes(&r, r.loops[i]);
     reference_nelbo(&r);
+
     // Untrained, the likeliest tokens are too close together for bf16 to find the same ones.
     if (!BF16) reference_samplers(&r);
     reference_adaptive(&r);
@@ -678,7 +698,7 @@ static double gemm_error(int product, int M, int N, int K, int apart, int with_b
         a[i] = i % lda < a_columns ? (float)random_uniform(seed, 1, 0, i) - 0.5f : NAN;
     for (int i = 0; i < b_rows * ldb; i++)
         b[i] = i % ldb < b_columns ? (float)random_uniform(seed, 2, 0, i) - 0.5f : NAN;
-    for (int i = 0; i < M * ldc; i++) c[i] = i % ldc < N ? 1 : 7;
+    for (int i = 0; i < M * ldc; i++) c[i] = i % ldc < N ? 1 : 7; // SET must forget the 1
     for (int j = 0; j < N; j++) bias[j] = (float)j;
     gemm(product, M, N, K, a, lda, b, ldb, c, ldc, with_bias ? bias : NULL, add);
 
@@ -740,6 +760,7 @@ static void matmul_errors(int M, int C, int OC, MatmulErrors *e) {
     Floats bias = random_floats(OC, 1), dweight = random_floats(OC * C, 1);
     Floats dbias = random_floats(OC, 1);
 #ifdef BACKEND
+    // Room for the parts of long sums, as on a GPU that runs 8 blocks at a time
     size_t room = (size_t)2 * OC * C + 4 * OC;
     Parts parts = {(float *)model_array(room * sizeof(float)), room, 8};
     Store<floatX> to_out = {out.there, OC, bias.there}, to_dinp = {dinp.there, C, NULL};
@@ -755,7 +776,7 @@ static void matmul_errors(int M, int C, int OC, MatmulErrors *e) {
     const float *got_dweight = floats_now(dweight), *got_dbias = floats_now(dbias);
     const float *x = inp.values, *w = weight.values, *dy = dout.values;
 
-    // Some rows, and the last two
+    // Against sums in double, for some rows and the last two
     int step = max_int(1, M / 9);
     for (int i = 0; i < M; i += i < M - 2 ? min_int(step, M - 2 - i) : 1) {
         for (int j = 0; j < OC; j++) {
@@ -769,6 +790,8 @@ static void matmul_errors(int M, int C, int OC, MatmulErrors *e) {
             e->dinp = worse(e->dinp, number_error(got_dinp[i * C + j], sum));
         }
     }
+
+    // The gradients of weight and bias are added to what was there.
     step = max_int(1, OC / 9);
     for (int i = 0; i < OC; i += i < OC - 2 ? min_int(step, OC - 2 - i) : 1) {
         double sum = dbias.values[i];
@@ -791,8 +814,10 @@ static void attention_in_double(float *y, float *dq, const float *q, const float
     int mark = num_kept;
     const float *k = q + C, *v = k + C;
     double *p = DOUBLES(T), *dp = DOUBLES(T), *dk = DOUBLES(T * D), *dv = DOUBLES(T * D);
-    for (int i = 0; i < T; i++) {
+    for (int i = 0; i < T; i++) { // the query
         double largest = -1e30, sum = 0, delta = 0;
+
+        // p: scores, then their softmax. dp = dout v^T
         for (int j = 0; j < T; j++) {
             p[j] = 0;
             dp[j] = 0;
@@ -810,6 +835,8 @@ static void attention_in_double(float *y, float *dq, const float *q, const float
             p[j] /= sum;
             delta += p[j] * dp[j];
         }
+
+        // out = p v;  dscores = p (dp - delta);  dq, dk and dv follow from them
         for (int d = 0; d < D; d++) {
             double out = 0, dquery = 0;
             for (int j = 0; j < T; j++) {
@@ -839,7 +866,7 @@ static void attention_errors(int B, int T, int NH, int D, double *forward, doubl
     float *lse = (float *)model_array((size_t)B * NH * T * sizeof(float));
     float *want = FLOATS(n), *dwant = FLOATS(3 * n);
     attention_forward(out.there, lse, qkv.there, B, T, C, NH);
-#ifdef BACKEND
+#ifdef BACKEND // the softmax's sum(p dp) has a buffer of its own
     float *delta = (float *)model_array((size_t)B * NH * T * sizeof(float));
     attention_backward(dqkv.there, delta, dout.there, out.there, qkv.there, lse, B, T, C, NH);
 #else
@@ -870,6 +897,7 @@ static double encoder_error(int B, int T, int C, int V) {
     Floats dwpe = random_floats((size_t)T * C, 1);
     encoder_backward(dwte.there, dwpe.there, dout.there, to_model(x, B * T), B, T, C);
 
+    // The layer adds to what is there.
     double *want = DOUBLES(V * C), *want_wpe = DOUBLES(T * C), error = 0;
     for (int i = 0; i < V * C; i++) want[i] = dwte.values[i];
     for (int i = 0; i < T * C; i++) want_wpe[i] = dwpe.values[i];
@@ -894,7 +922,7 @@ static void crossentropy_errors(int R, int V, double *loss_error, double *gradie
 #endif
     size_t n = (size_t)R * distance;
     float *want = FLOATS(n), *got = FLOATS(n);
-    for (int r = 0; r < R; r++) positions[r] = 2 * r + 1;
+    for (int r = 0; r < R; r++) positions[r] = 2 * r + 1; // each second position is masked
     for (int i = 0; i < 2 * R; i++)
         targets[i] = i == 1 ? V - 1 : (int)(random_bits(14, 0, 0, i) % V);
     Floats logits = random_floats(n, 20), weights = random_floats(2 * R, 1);
@@ -910,6 +938,8 @@ static void crossentropy_errors(int R, int V, double *loss_error, double *gradie
     crossentropy(losses.there, logits.there, weights.there, targets_there, positions_there, R, V);
     memcpy(got, floats_now(logits), n * sizeof(float));
 #endif
+
+    // loss = -log softmax(logits)[target];  dlogits = weight (p - 1 at the target)
     const float *got_losses = floats_now(losses);
     for (int r = 0; r < R; r++) {
         const float *x = logits.values + (size_t)r * distance;
@@ -932,7 +962,7 @@ static void check_layers(void) {
     static const int rows[] = {1, 17, 128, 131, 700}, channels[] = {2, 6, 32, 130, 200};
     static const int outputs[] = {2, 64, 130, 264};
     MatmulErrors e = {0, 0, 0};
-    for (int i = 0; i < 100; i++)
+    for (int i = 0; i < 100; i++) // each combination
         matmul_errors(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &e);
     // In bf16 results are rounded to 8 significant bits: by 2^-8 of their size at most.
     check("matmul_forward", e.forward, TOLERANCE(5e-6, 1 / 255.), "100 shapes");
@@ -980,11 +1010,13 @@ static void check_differences(void) {
     double total_norm = gradient_norm(&m), h = TOLERANCE(5e-3, 5e-2);
     read_tensors(params, &m.params);
     read_tensors(grads, &m.grads);
-    for (int i = 0; i < NUM_TENSORS; i++) {
+    for (int i = 0; i < NUM_TENSORS; i++) { // elements begin .. end-1 of all parameters
         size_t end = begin + m.params.size[i];
         double norm = 0, loss[2];
         for (size_t j = begin; j < end; j++) norm += (double)grads[j] * grads[j];
         norm = sqrt(norm);
+
+        // The loss on both sides. Only this tensor moves.
         for (int side = 0; side < 2; side++) {
             double distance = side ? h : -h;
             memcpy(moved, params, total * sizeof(float));
@@ -992,6 +1024,7 @@ static void check_differences(void) {
             model_set_parameters(&m, moved);
             loss[side] = forward_loss(&m, 3, 0);
         }
+
         // A tensor whose gradient is small beside the others is compared with all of them.
         double error = fabs((loss[1] - loss[0]) / (2 * h) - norm) / fmax(norm, 0.01 * total_norm);
         check("gradients against differences", error, TOLERANCE(1e-2, BF16_GRADIENT + 1e-2), "%s",
@@ -1018,6 +1051,7 @@ static void check_gradients(void) {
     read_tensors(once, &m.grads);
     for (size_t i = 0; i < total; i++) twice[i] = 2 * once[i];
 
+    // --recompute: the same numbers. A second backward adds to what is there.
     forward_loss(&less, 3, 1);
     read_tensors(other, &less.grads);
     check("recomputed equals stored", largest_difference(other, once, total), 0,
@@ -1030,6 +1064,7 @@ static void check_gradients(void) {
           "twice the same batch");
     model_free(&less);
 
+    // The head takes 7 masked positions at a time; the last part has fewer.
     clear_gradients(&m);
     int head_rows = m.head_rows;
     m.head_rows = 7;
@@ -1040,7 +1075,7 @@ static void check_gradients(void) {
     check("the head in parts: gradient, relative", relative_norm(other, once, total),
           TOLERANCE(1e-5, 1e-4), "7 positions at a time");
 
-    // The same noise, and a gradient that is the sum of the halves'
+    // Two batches of 4 sequences: the same noise, and a gradient that is the sum of theirs
     double sum = 0, different = 0;
     clear_gradients(&m);
     read_memory(x, m.x, sizeof x);
@@ -1072,11 +1107,14 @@ static void check_loops(void) {
     double looped[17];
     for (int S = 1; S <= 16; S++)
         if (S <= 4 || S == 16) looped[S] = forward_loss(&m, S, 0);
+
+    // In inference all passes use the same memory.
     for (int S = 4; S <= 16; S += 12)
         check("inference equals training", fabs(looped[S] - forward_loss(&inference, S, 0)), 0,
               "S=%d%s", S, S > c.max_loops ? ", beyond S_max" : "");
 
-    inference.config.loop_start = 0; // no loop
+    // The same parameters without a loop: an ordinary MDM.
+    inference.config.loop_start = 0;
     inference.config.loop_end = 0;
     double plain = forward_loss(&inference, 1, 0);
     check("no loop: S does not matter", fabs(forward_loss(&inference, 2, 0) - plain), 0, "S=2");
@@ -1093,7 +1131,7 @@ static void check_noise(void) {
         for (int b = 0; b < 8; b++) {
             Noise noise = {5, (uint64_t)step, 0, 8};
             double t = noise_level(noise, b);
-            int below = 0;
+            int below = 0; // how many levels of this step are lower: the number of its stratum
             for (int i = 0; i < 24; i++) masked += becomes_mask(noise, b * 24 + i, t);
             expected += 24 * t;
             for (int other = 0; other < 8; other++) below += noise_level(noise, other) < t;
@@ -1109,6 +1147,7 @@ static void check_draws_of_loops(void) {
     for (int step = 0; step < 20000; step++)
         for (int dist = 0; dist < 3; dist++)
             share[dist][loops_of_step(c, dist, step)] += 1 / 20000.0;
+    // p(S) ~ 1 / FLOPs(S), so that p(1) / p(4) = FLOPs(4) / FLOPs(1)
     double flops = training_flops(c, 24, 4, 0.5, 0) / training_flops(c, 24, 1, 0.5, 0);
     const double *uniform = share[LOOPS_UNIFORM], *by_flops = share[LOOPS_FLOPS];
     check("p(S) uniform", fmax(fabs(uniform[1] - 0.25), fabs(uniform[4] - 0.25)), 0.015,
@@ -1129,6 +1168,7 @@ static void check_optimizer(void) {
         error += fabs(learning_rate(1, 0.1, 10, 110, points[i].step) - points[i].rate);
     check("learning rate", error, 1e-12, "warmup, top, middle, end");
 
+    // lr 0.5 and weight decay 0.1 leave 0.95 of a matrix.
     Config c = small_config(1, 3);
     Shape shapes[NUM_TENSORS];
     Model m;
@@ -1181,6 +1221,7 @@ static void check_average(void) {
 
 static void check_threads(void) {
 #ifdef __SSE__
+    // volatile: the compiler must not do it
     volatile float least = FLT_MIN;
     float sum = 0;
     OMP(omp parallel num_threads(2) reduction(+ : sum))
@@ -1194,7 +1235,7 @@ static void check_threads(void) {
     int mark = num_kept, threads = omp_get_max_threads();
     double loss[2], norm[2];
     float *params[2];
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 2; k++) { // with one thread, then with two
         Model m;
         omp_set_num_threads(1 + k);
         build_small(&m, c, 4, c.max_loops, 0);
@@ -1214,7 +1255,7 @@ static void check_threads(void) {
                   "loss, norm, parameters after 2 steps");
         model_free(&m);
     }
-    omp_set_num_threads(threads);
+    omp_set_num_threads(threads); // as it was: more would slow down the other checks
     release(mark);
 #endif
 }
@@ -1230,15 +1271,20 @@ static void check_flops(void) {
         build_small(&m, c, B, S, recompute);
         set_batch(&m, 0, 0, B, B);
         double tokens = B * T, want = tokens * pass_flops(c, T, num_passes(c, S));
+
+        // The forward has no head: that belongs to the loss.
         unsigned long long before = gemm_flops;
         model_forward(&m, S);
         check("FLOPs of a forward", fabs((double)(gemm_flops - before) - want), 0, "T=%d: %.0f", T,
               want);
+
+        // Per masked position the head takes one product forward and two backward.
         model_loss(&m, 1);
         model_backward(&m);
         want = tokens * training_flops(c, T, S, 0, recompute) + m.R * 3 * head_flops(c);
         check("FLOPs of a training step", fabs((double)(gemm_flops - before) - want), 0,
               "T=%d, recompute %d: %.0f", T, recompute, want);
+
         // training_flops() takes the share of masked positions, which rounding makes inexact.
         double share = tokens * training_flops(c, T, S, m.R / tokens, recompute);
         check("FLOPs with a share of masked positions", fabs(share / want - 1), 1e-12, "T=%d", T);
@@ -1254,6 +1300,7 @@ static void check_flops(void) {
 static void draw_tokens(int *token, double *score, const float *logits, int R, int V, Draw draw) {
     const uint64_t step = 2;
 #ifdef BACKEND
+    // One sequence that is number 0 of all
     int mark = num_kept, id = 0, *positions = INTS(R);
     for (int r = 0; r < R; r++) positions[r] = r;
     int *token_there = (int *)model_array(R * sizeof(int));
@@ -1303,10 +1350,13 @@ static void kept_probabilities(double *p, const float *logits, int V, Draw draw)
 
 // Draws follow softmax(logits / temperature), cut by top-k and top-p, and have the right scores.
 static void check_draws(int V, Draw draw, int draws, double limit) {
-    int mark = num_kept, *token = INTS(draws), best = 0, next = -1, kept_tokens = 0;
+    int mark = num_kept, *token = INTS(draws), kept_tokens = 0;
+    int best = 0, next = -1; // the likeliest token and the next one
     float *logits = FLOATS((size_t)draws * V);
     double *score = DOUBLES(draws), *p = DOUBLES(V), *count = DOUBLES(V);
     double sum = 0, entropy = 0, chi = 0, outside = 0, error = 0;
+
+    // All draws are from the same logits.
     for (size_t i = 0; i < (size_t)draws * V; i++)
         logits[i] = 3 * (float)random_uniform(8, 0, 0, i % V);
     for (int v = 1; v < V; v++)
@@ -1331,6 +1381,7 @@ static void check_draws(int V, Draw draw, int draws, double limit) {
         if (p[v] > 0) chi += pow(count[v] - draws * p[v], 2) / (draws * p[v]);
         else outside += count[v];
     }
+
     const char *kind = "draws, chi-square of the tokens kept";
     if (kept_tokens == V) kind = V == 5 ? "draws, chi-square of 5 tokens"
                                         : "draws, chi-square of 300 tokens";
@@ -1338,6 +1389,7 @@ static void check_draws(int V, Draw draw, int draws, double limit) {
           draw.top_k, draw.top_p, kept_tokens);
     check("draws outside top-k and top-p", outside, 0, "%d tokens", kept_tokens);
     check("score of a draw", error, 1e-12, "%d tokens", V);
+
     draw.temperature = 0;
     draw_tokens(token, score, logits, 1, V, draw);
     check("temperature 0 takes the likeliest", token[0] != best, 0, "%d tokens", V);
@@ -1385,6 +1437,8 @@ static void check_sampler(void) {
             changed += given[i] != c.vocab_size && x[i] != given[i];
             masks += x[i] >= c.vocab_size;
         }
+
+        // Sequence 1 without the others: first = 1 gives it the same random numbers.
         memcpy(single, given + T, sizeof single);
         sample(&m, single, 1, T, o, 1, NULL, NULL);
         batch += count_different(single, x + T, T);
@@ -1422,6 +1476,7 @@ static void tiny_logits(Model *m, float *logits, int S) {
         x[i] = digit(i / TINY, i % TINY);
         positions[i] = i;
     }
+    // A batch of all states; head_rows positions at a time
     int *positions_there = to_model(positions, N);
     model_tokens(m, x, STATES, TINY);
     model_forward(m, S);
@@ -1447,7 +1502,7 @@ static void exact_states(double *p, const float *logits, int steps, Draw draw) {
         memset(next, 0, sizeof next);
         for (int from = 0; from < STATES; from++)
             for (int to = 0; to < STATES && p[from] > 0; to++) {
-                double q = p[from];
+                double q = p[from]; // times the probability of this change at each position
                 for (int t = 0; t < TINY; t++) {
                     int a = digit(from, t), b = digit(to, t);
                     if (a == TINY) q *= b == TINY ? 1 - fill : fill * drawn[from][t][b];
@@ -1472,6 +1527,8 @@ static void check_ancestral(Model *m, const float *logits) {
         Draw draw = cases[k].draw;
         double p[STATES], count[STATES] = {0}, chi = 0;
         exact_states(p, logits, cases[k].steps, draw);
+
+        // first: each batch has other random numbers
         SampleOptions o = {cases[k].steps, ORDER_RANDOM, 0, 0, {2, 0}, draw};
         for (int first = 0; first < TEXTS; first += STATES) {
             for (int i = 0; i < STATES * TINY; i++) x[i] = TINY;
@@ -1507,6 +1564,8 @@ static void check_exact_nelbo(Model *m, const float *logits) {
             if (mask >> t & 1) by_count[n] += log(sum) - x[text[t]];
         }
     }
+
+    // The integral over t of the expected loss: n of 3 positions are masked with this probability.
     enum { INTERVALS = 100000 };
     for (int i = 0; i < INTERVALS; i++) {
         double t = 1e-3 + (1 - 1e-3) * (i + 0.5) / INTERVALS;
@@ -1514,6 +1573,7 @@ static void check_exact_nelbo(Model *m, const float *logits) {
             exact += pow(t, n) * pow(1 - t, TINY - n) / t * by_count[n] / TINY / INTERVALS;
     }
 
+    // The data are this one text, which evaluate() repeats with other noise.
     const uint16_t tokens[TINY] = {2, 0, 1};
     Shard shard = {tokens, TINY};
     Data data = {&shard, 1, 1, -1, TINY};
@@ -1571,11 +1631,15 @@ static void check_adaptive(void) {
         for (int b = 0; b < B; b++) {
             fewest = min_int(fewest, used[b]);
             most = max_int(most, used[b]);
+
+            // In a batch of its own
             model_tokens(&m, x + b * T, 1, T);
             adaptive_forward(&m, loops, one);
             read_memory(fixed, m.states, n * sizeof(float));
             different = worse(different, largest_difference(fixed, state + b * n, n));
             different += abs(one[0] - used[b]);
+
+            // With as many loops that are fixed
             model_tokens(&m, x + b * T, 1, T);
             model_forward(&m, used[b]);
             read_memory(fixed, m.states, n * sizeof(float));
@@ -1601,6 +1665,8 @@ static void write_tokenizer(const char *path, int version, int declared) {
                                          "\n\n", "\xc3\xa9", "<|endoftext|>"};
     int file[2048] = {TOKENIZER_MAGIC, version, declared, TEST_VOCAB - 1};
     unsigned char *begin = (unsigned char *)file, *to = begin + 4 * HEADER_INTS;
+
+    // Each token is a byte with its length, then its bytes.
     for (int b = 0; b < 256; b++) {
         *to++ = 1;
         *to++ = (unsigned char)b;
@@ -1617,7 +1683,7 @@ static void write_tokenizer(const char *path, int version, int declared) {
 // Whether text is encoded as these tokens, which have | between them: 0 if it is.
 static double encodes_to(const Tokenizer *t, const char *text, const char *want) {
     int ids[256], n = (int)tokenizer_encode(t, ids, text, strlen(text), "test");
-    char got[1024] = "";
+    char got[1024] = ""; // the tokens with | between them
     for (int i = 0; i < n; i++) {
         size_t at = strlen(got);
         snprintf(got + at, sizeof got - at, "%s%.*s", i ? "|" : "", t->length[ids[i]],
@@ -1649,7 +1715,7 @@ static void check_tokenizer(void) {
             uint64_t random = random_bits(1, 0, k, i);
             text[i] = (unsigned char)(k % 2 ? random : (uint64_t)common[random % 18]);
         }
-        ids[0] = t.eot;
+        ids[0] = t.eot; // decode() drops it
         n = 1 + (int)tokenizer_encode(&t, ids + 1, (const char *)text, n, "test");
         char *back = decode(&t, ids, n);
         wrong += memcmp(back, text, 2 * k + 1) || back[2 * k + 1];
@@ -1663,6 +1729,7 @@ static void check_tokenizer(void) {
     double tokens = (double)tokenizer_encode(&t, INTS(n), letters, n, "test");
     check("a word of a million letters", fabs(tokens - n / 2.0), 1, "tokens");
 
+    // "a", a blank, " ", "in", two blanks, ".": the space before a blank belongs to it
     int x[32], masks = 0;
     int count = encode_template(&t, x, 999, "a ____ in ________.");
     for (int i = 0; i < count; i++) masks += x[i] == 999;
@@ -1720,6 +1787,8 @@ static int run_after(const char *before, const char *arguments) {
     snprintf(command, sizeof command, "%s exec '%s' %s >out 2>err </dev/null", before, program,
              arguments);
     int status = system(command);
+
+    // What it wrote, for the checks that follow
     read_output("out", out, sizeof out);
     read_output("err", err, sizeof err);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
@@ -1757,7 +1826,7 @@ static void fail_all(const Failure *failures, int n) {
 static double files_differ(const char *a, const char *b) {
     FILE *f = fopen(a, "rb"), *g = fopen(b, "rb");
     double different = !f || !g;
-    for (int c = 0; !different && c != EOF;) {
+    for (int c = 0; !different && c != EOF;) { // both must end at the same place
         c = getc(f);
         different = c != getc(g);
     }
@@ -1816,7 +1885,7 @@ static void stop_run(const char *name, const char *file, long bytes, const char 
              options, name);
     snprintf(path, sizeof path, "%s/%s", name, file);
     pid_t child = fork();
-    if (child == 0) {
+    if (child == 0) { // exec in the command: the signal reaches the program, not a shell
         execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
@@ -1824,6 +1893,8 @@ static void stop_run(const char *name, const char *file, long bytes, const char 
         usleep(200);
         ended = waitpid(child, &status, WNOHANG) == child;
     }
+
+    // It may have ended by itself, if it was too fast for us: then the next check fails.
     if (!ended) {
         kill(child, number);
         waitpid(child, &status, 0);
@@ -1854,6 +1925,7 @@ static void check_resume(const char *whole, const char *name, const char *option
     // A line of a step after the checkpoint, and a part of a line
     check("write", shell("printf '39,1,0.5,2,0.1,1,100,1e9,,,\\n1' >>%s/log.csv", name), 0,
           "lines at the end of the log");
+
     snprintf(arguments, sizeof arguments, "train %s --out %s --resume", options, name);
     succeed("resume, exit status", name, arguments);
     static const char *const files[] = {"model.bin", "state.bin", "tokenizer.bin"};
@@ -1902,6 +1974,8 @@ static void check_printed(void) {
         if (sscanf(line, "step %d/%d | loss %lf | loops %d | norm %lf | lr %lf |", &step, &steps,
                    &loss, &loops, &norm, &lr) != 6) break;
         if (step < 1 || step > n) break;
+
+        // The numbers of this step, and the mean loss of steps from+1 .. step
         int want = every == 1 ? lines + 1 : max_int(1, lines * every);
         wrong += step != want || steps != LONG_STEPS || loops != log[step - 1].v[1];
         for (int i = from; i < step; i++) sum += log[i].v[3];
@@ -1912,9 +1986,11 @@ static void check_printed(void) {
         lines++;
     }
     free(text);
+
     wrong += from != LONG_STEPS; // the last step has a line
     check("printed lines, wrong steps or loops", wrong, 0, "%d lines", lines);
     check("printed loss against log.csv", error, 6e-5, "mean since the line before");
+
     // Two runs, which do not have the same speed
     check("printed lines do not depend on the speed",
           shell("for run in whole plain; do sed -n 's/ | [0-9]* tokens.*//; /^step .*loss/p' "
@@ -1941,6 +2017,8 @@ static StateFile read_state(const char *path) {
     s.header = file;
     s.total = m.params.total;
     for (int i = 0; i < 4; i++) s.part[i] = (const float *)(file + HEADER_INTS) + i * s.total;
+
+    // The sizes are those of the configuration. The checksum is taken with zero in its place.
     int parts = 3 + file[STATE_AVERAGE];
     check("state.bin's size", bytes != 4 * (HEADER_INTS + parts * s.total), 0, "%s", path);
     uint32_t crc = (uint32_t)file[STATE_CRC];
@@ -1975,6 +2053,7 @@ static void check_state(void) {
           s.header[STATE_AVERAGE] != 1 || plain.header[STATE_AVERAGE] != 0, 0,
           "with and without --ema");
 
+    // model.bin is what one samples from.
     check("model.bin is the average", floats_differ(model, s.part[STATE_EMA], s.total), 0,
           "with --ema");
     check("the average is not the parameters",
@@ -2003,12 +2082,14 @@ static void check_first_average(void) {
 
 // Stopped between the two files of a checkpoint: model.bin is older, or missing.
 static void check_between(void) {
+    // Only its step is read: that it is another one is enough.
     check("copy", shell("cp -r whole between"), 0, "a checkpoint");
     edit_file("whole/model.bin", "between/model.bin", 4 * STATE_STEP, LONG_STEPS - 1, -1);
     succeed("resume, exit status", "model.bin is older than state.bin",
             "train " LONG "--ema 0.9 --out between --resume");
     check("model.bin follows state.bin", files_differ("whole/model.bin", "between/model.bin"), 0,
           "it was older");
+
     check("make", shell("rm between/model.bin"), 0, "no model.bin");
     succeed("resume, exit status", "model.bin is missing",
             "train " LONG "--ema 0.9 --out between --resume");
@@ -2038,6 +2119,8 @@ static void check_commands(void) {
     succeed("sample, exit status", "fill and watch",
             "sample --model whole --fill 'a ____ b' --watch --temperature 0 --order random");
     check("sample keeps its template", !strstr(out, "\na") || !strstr(out, " b\n"), 0, "a ____ b");
+
+    // Commands that only print
     for (int i = 0; i < NUM_COMMANDS; i++) {
         char arguments[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i].name);
@@ -2064,6 +2147,8 @@ static void check_commands(void) {
             "eval --model whole --data data.bin --rows 8 --adaptive 0,1000 --max-loops 3");
     check("eval --adaptive", !strstr(out, "     0   3.00") || !strstr(out, "  1000   1.00"), 0,
           "tau = 0: 3 loops; 1000: one");
+
+    // Two templates; the texts of each stand one after the other.
     check("write", shell("printf 'the ____ an\\na ____ ____ in\\n' >templates"), 0,
           "two templates");
     succeed("sample --fill-file, exit status", "",
@@ -2081,6 +2166,8 @@ static void check_tokenize(void) {
           "a text");
     succeed("tokenize, exit status", "two stories",
             "tokenize --tokenizer test.tok --input text --output text.bin");
+
+    // Each story has an end-of-text before it and no space around it.
     Data shard = data_open("text.bin", TEST_VOCAB, 4);
     double wrong = shard.total != COUNT(want);
     for (int i = 0; !wrong && i < COUNT(want); i++) wrong += shard.shards[0].tokens[i] != want[i];
@@ -2096,6 +2183,8 @@ static void check_ids(void) {
             "eval --model ids --data data.bin --rows 4 --loops 1");
     succeed("sample, exit status", "ids as a prompt",
             "sample --model ids --prompt '97 266' --length 8 --steps 3");
+
+    // The prompt, then what the model wrote: 8 numbers below V
     int ids = 0, wrong = strncmp(out, "97 266 ", 7) != 0;
     for (char *at = out, *end;; at = end) {
         long id = strtol(at, &end, 10);
@@ -2104,6 +2193,8 @@ static void check_ids(void) {
         ids++;
     }
     check("sample prints ids", wrong || ids != 8 || strchr(out, '\n')[1], 0, "8 in a line");
+
+    // Two texts of "5 _ 7 _ _": 5 numbers each
     succeed("sample, exit status", "ids in a template",
             "sample --model ids --fill '5 ____ 7 ________' --steps 3 -n 2");
     int a, b, c, d, e, f, g, h, i, j;
@@ -2175,12 +2266,14 @@ static void check_tasks(void) {
     check("a report of what it took", !strstr(err, "forwards") || !strstr(err, "GFLOP"), 0,
           "on the standard error");
 
+    // It goes on from the boards. The second of two questions wants another answer.
     succeed("train, exit status", "on answers, from --init",
             "train " TASK "--data answer.bin " ANSWERS "--init boards --steps 40 --out answering");
     succeed("eval --exact-match, exit status", "", "eval --model answering --data answers.bin "
             ANSWERS "--exact-match --steps 2 --loops 4");
     check("an answer known by heart is right", !strstr(out, " 50.00 %"), 0, "one of two");
 
+    // A story that becomes the sequence in answer.bin, and one of 17 tokens
     check("write", shell("printf '2 2?<|sep|># 4<|endoftext|>\\n12341234123412341<|endoftext|>' "
                          ">rows.txt"), 0, "two texts");
     succeed("tokenize, exit status", "--rows-of 16", "tokenize --tokenizer board.tok "
@@ -2351,6 +2444,8 @@ static void check_damaged(void) {
         {"too short", -1, 0, 0},  {"its size", -1, 0, 4001}, {"version 2", 4, 2, -1},
         {"its header", 11, 255, -1}, {"outside the vocabulary", 1025, 200, -1},
     };
+
+    // The other file of the checkpoint stays whole.
     check("copy", shell("cp -r whole damaged"), 0, "a checkpoint");
     check_damages("whole/model.bin", "damaged/model.bin", model, COUNT(model),
                   "eval --model damaged --data data.bin");
@@ -2358,6 +2453,7 @@ static void check_damaged(void) {
                   "train " LONG "--ema 0.9 --out damaged --resume");
     check_damages("data.bin", "bad.bin", shard, COUNT(shard), "eval --model whole --data bad.bin");
 
+    // Tokenizers that end too early, of an unknown version, and without room for end-of-text
     write_tokenizer("other.tok", 2, TEST_VOCAB + 1);
     fail(1, "ends at token", "tokenize --tokenizer other.tok --text a");
     write_tokenizer("other.tok", 3, TEST_VOCAB);
@@ -2377,6 +2473,7 @@ static void check_damaged(void) {
 static void check_no_space(void) {
     succeed("train, exit status", "3 steps", "train " BASE "--steps 3 --ema 0.5 --out small");
     check("copy", shell("cp -r small small3"), 0, "a checkpoint");
+
     // A limit on the size of files stands for a full disk. The checkpoint before stays as it was.
     fail_after("ulimit -f 60;", 1, "state.bin: File too large",
                "train " BASE "--steps 6 --ema 0.5 --out small --resume");
@@ -2391,6 +2488,8 @@ static void check_no_space(void) {
          "train " BASE "--steps 6 --ema 0.5 --out small --resume");
     check("no space: the old checkpoint stays", files_differ("small/model.bin", "small3/model.bin"),
           0, "model.bin, while state.bin is new");
+
+    // --resume begins at step 6. It has nothing to do except to write model.bin.
     check("make", shell("rmdir small/model.bin.tmp"), 0, "it is gone");
     succeed("resume, exit status", "step 6, model.bin of step 3",
             "train " BASE "--steps 6 --ema 0.5 --out small --resume");
@@ -2455,7 +2554,9 @@ static void print_digest(void) {
     for (int k = 0; k < COUNT(configs); k++) {
         Model m;
         int T = configs[k].max_seq_len, x[2 * 130];
-        double loss[2];
+        double loss[2]; // and the norm of the gradients
+
+        // Forward and backward, a step of the optimizer, two denoising steps
         build_small(&m, configs[k], 2, configs[k].max_loops, 0);
         set_batch(&m, 0, 0, 2, 2);
         loss[0] = forward_loss(&m, k ? 1 : 2, 1);
@@ -2499,6 +2600,7 @@ static void check_all(int argc, char **argv) {
     if (!realpath(argv[1], program))
         die(FAILED, "cannot find the program %s: %s", argv[1], strerror(errno));
     if (!mkdtemp(folder)) die(FAILED, "cannot make a folder in /tmp: %s", strerror(errno));
+    // Single things first: if they are wrong, the rest is too.
     for (int i = 2; i < argc; i++) check_reference(argv[i], folder);
 #ifndef BACKEND
     check_exp();
@@ -2518,6 +2620,8 @@ static void check_all(int argc, char **argv) {
     check_sampler();
     check_tiny();
     check_adaptive();
+
+    // From here on in a folder that holds only what the checks make
     if (chdir(folder)) die(FAILED, "cannot go to %s: %s", folder, strerror(errno));
     check_tokenizer();
     check_tokens_per_byte();
