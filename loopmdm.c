@@ -88,13 +88,13 @@ static void die(int status, const char *format, ...) {
 static void *allocate(size_t count, size_t size, const char *what) {
     const size_t huge = 2 << 20; // 2 MiB
     size_t bytes = count > SIZE_MAX / 2 / size ? SIZE_MAX / 2 : count * size + 1; // never 0
-    size_t whole = (bytes + huge - 1) / huge * huge;
-    void *p = bytes < huge ? malloc(bytes) : aligned_alloc(huge, whole);
+    if (bytes >= huge) bytes = (bytes + huge - 1) / huge * huge;
+    void *p = bytes < huge ? malloc(bytes) : aligned_alloc(huge, bytes);
     if (!p)
         die(FAILED, "no memory for %s (%.0f MiB): choose a smaller model, --batch or --max-loops",
             what, (double)count * size / (1 << 20));
 #ifdef MADV_HUGEPAGE
-    if (bytes >= huge) madvise(p, whole, MADV_HUGEPAGE);
+    if (bytes >= huge) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
     return memset(p, 0, bytes);
 }
@@ -139,7 +139,7 @@ static int layer_of_pass(Config c, int S, int p) {
 // Why a configuration cannot be built, or NULL if it can.
 static const char *config_error(Config c) {
     int T = c.max_seq_len, V = c.vocab_size, a = c.loop_start, b = c.loop_end;
-    if (c.layers < 1 || c.layers > 1024) return "layers must be 1 to 1024 (0: no such --model)";
+    if (c.layers < 1 || c.layers > 1024) return "layers must be 1 to 1024";
     if (c.channels < 2 || c.channels > 65536) return "channels must be 2 to 65536";
     if (c.heads < 1 || c.channels % c.heads) return "heads must divide channels";
     if (c.channels / c.heads % 2)
@@ -159,7 +159,7 @@ static Config preset(const char *name, int V) {
     if (!strcmp(name, "nano")) return (Config){128, V, padded(V), 6, 4, 128, 1, 3, 4};
     if (!strcmp(name, "d6")) return (Config){256, V, padded(V), 6, 6, 288, 1, 3, 4};
     if (!strcmp(name, "d12")) return (Config){1024, V, padded(V), 12, 12, 768, 1, 3, 8};
-    return (Config){1, V, padded(V), 0, 0, 0, 0, 0, 0};
+    return (Config){0, V, padded(V), 0, 0, 0, 0, 0, 0};
 }
 
 enum { // W: weight or gain, B: bias; ATTPROJ: after attention; FC, FCPROJ: MLP; LNF: the last LN
@@ -233,9 +233,8 @@ static size_t lay_out(const Piece *pieces, int n, char *at) {
 // A random number is a hash of (seed, stream, step, index); the stream says what it is for. There
 // is no state: each language, device and number of threads draws the same numbers.
 
-enum {
-    STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK, STREAM_TOKEN
-};
+enum { STREAM_INIT, STREAM_BATCH, STREAM_TIME, STREAM_MASK, STREAM_LOOPS, STREAM_UNMASK,
+       STREAM_TOKEN };
 
 // Mixes in one word after the other, by the finalizer of SplitMix64 (Steele et al. 2014).
 HOST_DEVICE static inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t step,
@@ -259,14 +258,11 @@ HOST_DEVICE static inline double random_uniform(uint64_t seed, uint64_t stream, 
 // Fills params (total) with the values before training. Uniform numbers, unlike normal ones, need
 // no transcendental function, so they are the same on every machine.
 static void init_parameters(float *params, Config c, uint64_t seed) {
-    Shape s[NUM_TENSORS];
     Tensors t;
-    tensor_shapes(c, s);
     tensors_build(&t, c, params);
     size_t C = c.channels;
     for (int i = 0; i < NUM_TENSORS; i++) {
-        double std = s[i].in ? 0.8 / sqrt(c.channels) : 0;
-
+        double std = t.is_matrix[i] ? 0.8 / sqrt(c.channels) : 0;
         // A layer adds numbers of size 0.85 (measured); GPT-2's 0.02 for embeddings would be lost.
         if (i == WTE) std = 2 / sqrt(c.channels); // more would make the first logits too large
         if (i == WPE) std = 0; // learned positions start at zero: they must not hide the words
@@ -536,7 +532,6 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 
         for (int t0 = 0; t0 < T; t0 += QUERIES) {
             int n = min_int(QUERIES, T - t0);
-
             // Rows of q, k and v are 3C apart, because they are columns of qkv.
             gemm(ABT, n, T, D, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, probs, T, NULL, SET);
             for (int i = 0; i < n; i++) {
@@ -620,13 +615,12 @@ static void crossentropy(float *losses, float *logits, const float *weights, con
     OMP(omp parallel for if (WORTH((size_t)R * V)))
     for (int r = 0; r < R; r++) {
         // MASK (id V) has no column: the model never predicts it. targets and weights are (B,T).
-        float *p = logits + (size_t)r * V, weight = weights[positions[r]], largest;
         int target = targets[positions[r]];
-        float target_logit = p[target], sum = exp_and_sum(p, V, 1, &largest);
-        losses[r] = largest - target_logit + logf(sum); // -log softmax
-        for (int v = 0; v < V; v++) p[v] /= sum;
-        p[target] -= 1;
-        for (int v = 0; v < V; v++) p[v] *= weight;
+        float *p = logits + (size_t)r * V, logit = p[target], weight = weights[positions[r]];
+        float largest, sum = exp_and_sum(p, V, 1, &largest), p_target = p[target] / sum;
+        losses[r] = largest - logit + logf(sum); // -log p_target
+        for (int v = 0; v < V; v++) p[v] = p[v] / sum * weight;
+        p[target] = (p_target - 1) * weight;
     }
 }
 
@@ -818,8 +812,7 @@ static int model_noise(Model *m, const int *targets, const int *given, Noise n, 
         double t = noise_level(n, b);
         float weight = (float)(1 / (t * n.total * (T - given[b]))); // context does not count
         for (int i = b * T; i < (b + 1) * T; i++) {
-            int can = i - b * T >= given[b]; // context stays
-            int masked = can && becomes_mask(n, (uint64_t)n.first * T + i, t);
+            int masked = i - b * T >= given[b] && becomes_mask(n, (uint64_t)n.first * T + i, t);
             m->targets[i] = targets[i];
             m->x[i] = masked ? m->config.vocab_size : targets[i];
             m->weights[i] = masked ? weight : 0;
@@ -958,18 +951,16 @@ static void adamw(Model *m, int tensor, AdamWStep s) {
     size_t n = m->params.size[tensor];
     float *p = m->params.tensor[tensor], *grad = m->grads.tensor[tensor];
     float *m1 = m->moment1.tensor[tensor], *m2 = m->moment2.tensor[tensor];
+    float *average = m->ema.tensor[tensor]; // NULL without --ema
     OMP(omp parallel for simd if (parallel : WORTH(n)))
     for (size_t i = 0; i < n; i++) {
         float g = s.scale * grad[i]; // clipped
         m1[i] = s.beta1 * m1[i] + (1 - s.beta1) * g;
         m2[i] = s.beta2 * m2[i] + (1 - s.beta2) * g * g;
         p[i] = s.keep * p[i] - s.step_size * m1[i] / (sqrtf(m2[i]) * s.correct + s.eps);
+        if (average) average[i] = s.ema * average[i] + (1 - s.ema) * p[i];
         grad[i] = 0; // the next step adds to it
     }
-    float *average = m->ema.tensor[tensor];
-    if (!average) return;
-    OMP(omp parallel for simd if (parallel : WORTH(n)))
-    for (size_t i = 0; i < n; i++) average[i] = s.ema * average[i] + (1 - s.ema) * p[i];
 }
 #endif // BACKEND
 
@@ -1114,17 +1105,19 @@ static void fixed_loops(Model *m, Loops loops, int *used) { // used (B): each se
 
 static void (*forward_loops)(Model *m, Loops loops, int *used) = fixed_loops; // may be replaced
 
-// Loads evaluation sequences first .. first+B-1 of n and masks them; returns their noise. They are
-// spread over the data; if it has fewer than n, they begin again.
+// Evaluation sequence r of n, which are spread over the data; if it has fewer, they begin again.
+static int evaluation_sequence(const Data *d, int *tokens, int r, int n, int T) {
+    int64_t available = data_sequences(d, T, T), apart = available > n ? available / n : 1;
+    return data_sequence(d, tokens, r * apart % available, T, T);
+}
+
+// Loads evaluation sequences first .. first+B-1 of n and masks them; returns their noise.
 static Noise evaluation_batch(Model *m, const Data *d, int *targets, int *given, int first, int B,
                               int n, uint64_t seed) {
     int T = m->config.max_seq_len;
-    int64_t available = data_sequences(d, T, T), apart = available > n ? available / n : 1;
     Noise noise = {seed, 0, first, n};
-    for (int b = 0; b < B; b++) {
-        int64_t index = (first + b) * apart % available;
-        given[b] = data_sequence(d, targets + (size_t)b * T, index, T, T);
-    }
+    for (int b = 0; b < B; b++)
+        given[b] = evaluation_sequence(d, targets + (size_t)b * T, first + b, n, T);
     model_noise(m, targets, given, noise, B, T);
     return noise;
 }
@@ -1150,10 +1143,9 @@ static Evaluation evaluate(Model *m, const Data *d, Loops loops, int n, int B, u
         }
     }
 
-    double variance = 0;
     for (int r = 0; r < n; r++) e.nelbo += nelbo[r] / n;
-    for (int r = 0; r < n; r++) variance += pow(nelbo[r] - e.nelbo, 2) / max_int(1, n - 1);
-    e.error = sqrt(variance / n); // an upper estimate, because the t are spread evenly
+    for (int r = 0; r < n; r++) e.error += pow(nelbo[r] - e.nelbo, 2) / max_int(1, n - 1);
+    e.error = sqrt(e.error / n); // an upper estimate, because the t are spread evenly
     free(targets);
     return e;
 }
@@ -1214,14 +1206,15 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first,
             int blanks = 0, filled = 0, R0 = R; // threshold: full blocks are gone: take the first
             int turn_step = threshold ? 0 : step, steps = threshold ? T : o.steps; // T: >= K
             Turn turn = find_turn(blank + b * T, T, block, turn_step, steps);
+            double chance = o.order == ORDER_RANDOM ? 1.0 / (turn.steps - turn.step) : 1;
             for (int t = turn.begin; t < turn.end; t++) {
                 int at = b * T + t;
                 uint64_t index = (uint64_t)(first + b) * T + t;
-                double u = random_uniform(o.draw.seed, STREAM_UNMASK, step, index);
-                int skip = o.order == ORDER_RANDOM && u >= 1.0 / (turn.steps - turn.step);
                 blanks += blank[at];
                 filled += blank[at] && x[at] != mask;
-                if (x[at] != mask || skip) continue;
+                if (x[at] != mask) continue;
+                if (chance < 1 && random_uniform(o.draw.seed, STREAM_UNMASK, step, index) >= chance)
+                    continue;
                 position[R] = at;
                 place[R++] = n * T + t;
             }
@@ -1272,7 +1265,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first,
 enum { HEADER_INTS = 256, SHARD_MAGIC = 20240520, MODEL_MAGIC = 20260525 };
 enum { AT_CONFIG = 2, AT_STEP = 11, AT_CRC = 12 }; // places in model.bin's header
 
-// Maps a whole file into memory. Exits unless it is a regular file with this magic and version.
+// Maps a whole file. Exits unless it is a regular file with this magic and version (0: any).
 static int *map_file(const char *path, int magic, int version, const char *kind, size_t *bytes) {
     struct stat info;
     int file = open(path, O_RDONLY | O_NONBLOCK); // if it is a pipe, it does not wait for a writer
@@ -1290,7 +1283,7 @@ static int *map_file(const char *path, int magic, int version, const char *kind,
     close(file);
     if (map[0] != magic)
         die(FAILED, "%s is not a %s: its first number is %d, not %d", path, kind, map[0], magic);
-    if (map[1] != version)
+    if (version && map[1] != version)
         die(FAILED, "%s is a %s of version %d; this program reads version %d", path, kind, map[1],
             version);
     return map;
@@ -1328,11 +1321,15 @@ static char *concat(const char *a, const char *b) { // the caller frees it
     return strcat(strcpy(s, a), b);
 }
 
-// Writes a file under another name, to the disk, and renames it: the old or the new one is whole.
-static void write_file(const char *path, const void *data, size_t bytes) {
+static void check_regular(const char *path) { // a file must not replace /dev/null
     struct stat info;
     if (!stat(path, &info) && !S_ISREG(info.st_mode))
         die(FAILED, "cannot write %s: it is a folder, device or pipe", path);
+}
+
+// Writes a file under another name, to the disk, and renames it: the old or the new one is whole.
+static void write_file(const char *path, const void *data, size_t bytes) {
+    check_regular(path);
     char *temporary = concat(path, ".tmp");
     FILE *file = fopen(temporary, "wb");
     int ok = file && fwrite(data, 1, bytes, file) == bytes && !fflush(file) && !fsync(fileno(file));
@@ -1341,8 +1338,7 @@ static void write_file(const char *path, const void *data, size_t bytes) {
     if (ok && rename(temporary, path)) error = errno;
     if (error) unlink(temporary);
     free(temporary);
-    if (error)
-        die(FAILED, "cannot write %s: %s; the old file is unchanged", path, strerror(error));
+    if (error) die(FAILED, "cannot write %s: %s; the old file is unchanged", path, strerror(error));
 }
 
 static uint32_t crc32(const void *data, size_t n) { // as in zlib; it detects a damaged file
@@ -1372,21 +1368,25 @@ static void model_save(const Model *m, const char *folder, int step) {
     free(file);
 }
 
-// Builds m, without memory, as folder/model.bin says. Returns the file; the parameters follow its
-// header.
-static const int *model_open(Model *m, const char *folder) {
-    size_t bytes;
-    char *path = concat(folder, "/model.bin");
-    int *file = map_file(path, MODEL_MAGIC, 1, "model", &bytes);
+// Builds m, without memory, from a mapped file with all parameters `parts` times; checks the file.
+static void checkpoint_check(Model *m, int *file, size_t bytes, int parts, const char *path) {
     Config c;
     memcpy(&c, file + AT_CONFIG, sizeof c);
     if (config_error(c)) die(FAILED, "%s is damaged: %s", path, config_error(c));
     model_build(m, c);
-    if (bytes != 4 * (HEADER_INTS + m->params.total))
+    if (bytes != 4 * (HEADER_INTS + parts * m->params.total))
         die(FAILED, "%s is damaged: its size is not that of its parameters", path);
     uint32_t crc = (uint32_t)file[AT_CRC];
     file[AT_CRC] = 0; // as it was when the checksum was taken
     if (crc32(file, bytes) != crc) die(FAILED, "%s is damaged: its checksum is wrong", path);
+}
+
+// Builds m from folder/model.bin. Returns the file; the parameters follow its header.
+static const int *model_open(Model *m, const char *folder) {
+    size_t bytes;
+    char *path = concat(folder, "/model.bin");
+    int *file = map_file(path, MODEL_MAGIC, 1, "model", &bytes);
+    checkpoint_check(m, file, bytes, 1, path);
     free(path);
     return file;
 }
@@ -1425,11 +1425,11 @@ static void check_options(void) {
 
 static void train(void) {
     Config c = preset(option("--model", "nano"), (int)number("--vocab", 0, 1));
+    if (!c.layers) die(USAGE, "--model takes d2, nano, d6 or d12");
     c.max_seq_len = (int)number("--seq-len", c.max_seq_len, 1); // else that of the preset
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     int steps = (int)number("--steps", 2000, 1), B = (int)number("--batch", 16, 1);
-    int warmup = (int)number("--warmup", 100, 0);
-    double lr = number("--lr", 2e-3, 0);
+    double lr = number("--lr", 2e-3, 0), warmup = number("--warmup", 100, 0);
     const char *out = option("--out", NULL);
     Data data = data_open(option("--data", NULL), c.vocab_size, c.max_seq_len);
     Recipe recipe = {(uint64_t)number("--seed", 1, 0), B, B};
@@ -1445,7 +1445,7 @@ static void train(void) {
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(c.max_loops, recipe.seed, step);
         Gradient g = train_gradient(&m, &data, recipe, step, S);
-        AdamW o = {learning_rate(lr, 0.1, warmup, steps, step), 0.9, 0.95, 1e-8, 0.1, 1, 0};
+        AdamW o = {learning_rate(lr, 0.1, (int)warmup, steps, step), 0.9, 0.95, 1e-8, 0.1, 1, 0};
         model_update(&m, o, g.norm, step + 1);
         printf("step %d/%d | loss %.4f | loops %d\n", step + 1, steps, g.loss, S);
         if (!isfinite(g.norm)) die(FAILED, "the gradient is not finite: try a lower --lr");

@@ -67,13 +67,13 @@ def layer_of_pass(c, S, p):
         return a + (p - a) % n  # loop
     return p - (S - 1) * n      # tail
 
-def flops_per_token(c, T, S, masked_share, training):
-    """Floating point operations of the matrix products for one token, as loopmdm.c does them."""
+def flops_per_token(c, T, S, masked_share):
+    """Floating point operations of the matrix products of a training step, for one token."""
     C, V, P = c.channels, c.vocab_size, num_passes(c, S)
     forward = P * (24.0 * C * C + 4.0 * T * C) + masked_share * 2 * V * C
     # Backward has two products where forward has one. Attention also repeats its scores.
     backward = P * (48.0 * C * C + 10.0 * T * C) + masked_share * 4 * V * C
-    return forward + backward if training else forward
+    return forward + backward
 
 def tensor_shapes(c):
     """{name: shape} of every parameter tensor, in checkpoint order. Matrices are (.., out, in)."""
@@ -151,7 +151,7 @@ def draw_loops(c, dist, seed, step):
     """The loops of a step, S ~ p(S) on 1 .. S_max. dist: uniform, fixed, or flops, p ~ 1/FLOPs."""
     if dist == "fixed":
         return c.max_loops
-    flops = [flops_per_token(c, c.max_seq_len, S, 0.5, True) for S in range(1, c.max_loops + 1)]
+    flops = [flops_per_token(c, c.max_seq_len, S, 0.5) for S in range(1, c.max_loops + 1)]
     p = [1 / f if dist == "flops" else 1.0 for f in flops]
     below = np.cumsum(p)
     u = random_uniform(seed, STREAM_LOOPS, step, [0])[0] * below[-1]
@@ -599,7 +599,7 @@ def train(o):
         update(run.model, run.optimizer, lr, o.clip, g.norm)
         if run.average:
             update_average(run.average, run.model, o.ema, run.step)
-        run.flops += flops_per_token(c, c.max_seq_len, g.S, g.masked / tokens, True) * tokens
+        run.flops += flops_per_token(c, c.max_seq_len, g.S, g.masked / tokens) * tokens
         losses.append(g.loss)
         speed = tokens / (time.time() - began)
 

@@ -413,13 +413,6 @@ static int header_number(const char *path, int place) {
     return number;
 }
 
-// A device such as /dev/null must not be replaced by a file.
-static void check_regular(const char *path) {
-    struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode))
-        die(FAILED, "cannot write %s: it is a folder, device or pipe", path);
-}
-
 // Refuses to overwrite an input file, also by path.tmp, which is written first.
 static void keep_apart(const char *option, const char *path, const char *input_option,
                        const char *input) {
@@ -480,15 +473,8 @@ static const State *state_open(const char *path) {
     size_t bytes;
     Model m; // without memory: it knows the sizes
     int *file = map_file(path, STATE_MAGIC, STATE_VERSION, "saved state of training", &bytes);
-    State *s = (State *)file;
-    uint32_t crc = (uint32_t)s->crc;
-    if (config_error(s->config))
-        die(FAILED, "%s is damaged: %s", path, config_error(s->config));
-    model_build(&m, s->config);
-    if (bytes != 4 * (HEADER_INTS + (3 + (s->has_average != 0)) * m.params.total))
-        die(FAILED, "%s is damaged: its size is not that of its parameters", path);
-    s->crc = 0; // in this process, not on the disk
-    if (crc32(file, bytes) != crc) die(FAILED, "%s is damaged: its checksum is wrong", path);
+    const State *s = (const State *)file;
+    checkpoint_check(&m, file, bytes, 3 + (s->has_average != 0), path);
     return s;
 }
 
@@ -1266,18 +1252,15 @@ static int bucket_of(double t) { return min_int(opt_buckets - 1, (int)(t * opt_b
 
 // The tokens in a byte of text, over the n sequences that evaluate() takes. End-of-text counts as
 // one byte, which a file needs between texts; those that fill up a sequence after it are no text.
-static double tokens_per_byte(Model *m, const Data *d, const Tokenizer *t, int n) {
-    int T = m->config.max_seq_len, given;
+static double tokens_per_byte(const Data *d, const Tokenizer *t, int n, int T) {
     int *tokens = (int *)allocate(T, sizeof(int), "a sequence");
     double count = 0, bytes = 0;
-    for (int r = 0; r < n; r++) {
-        evaluation_batch(m, d, tokens, &given, r, 1, n, opt_seed);
-        for (int i = given; i < T; i++) {
+    for (int r = 0; r < n; r++)
+        for (int i = evaluation_sequence(d, tokens, r, n, T); i < T; i++) {
             count++;
             if (tokens[i] != t->eot) bytes += t->length[tokens[i]];
             else if (i == 0 || tokens[i - 1] != t->eot) bytes++;
         }
-    }
     free(tokens);
     return count / bytes;
 }
@@ -1287,7 +1270,7 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
                        int n) {
     Config c = m->config;
     int T = c.max_seq_len;
-    double bits = t ? tokens_per_byte(m, d, t, opt_rows) / log(2) : 0; // 1 nat/token in bits/byte
+    double bits = t ? tokens_per_byte(d, t, opt_rows, T) / log(2) : 0; // 1 nat/token in bits/byte
     double *nelbo = (double *)allocate(opt_rows, sizeof(double), "the sequences");
     printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
     printf("%sloops  passes  NELBO, nats/token  perplexity at most%s  GFLOP/row  tokens/s\n",
@@ -1315,17 +1298,28 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
 
 // ---- --by-t: cross entropy of masked tokens by noise level, whose mean over t is the NELBO ----
 
-// Adds up sums (buckets) of cross entropies, and masked (buckets) positions, for one Loops.
-static void sum_by_t(Model *m, const Data *d, Loops loops, double *sums, double *masked) {
-    int T = m->config.max_seq_len, given;
+// masked (buckets): the masked positions of the sequences that evaluate() takes.
+static void count_masked(const Data *d, int T, double *masked) {
     int *tokens = (int *)allocate(T, sizeof(int), "a sequence");
+    Noise noise = {opt_seed, 0, 0, opt_rows}; // that of evaluation_batch()
+    for (int r = 0; r < opt_rows; r++) {
+        double t = noise_level(noise, r);
+        int i = evaluation_sequence(d, tokens, r, opt_rows, T);
+        for (; i < T; i++) masked[bucket_of(t)] += becomes_mask(noise, (uint64_t)r * T + i, t);
+    }
+    free(tokens);
+}
+
+// sums (buckets): the cross entropies of these positions, for one Loops.
+static void sum_by_t(Model *m, const Data *d, Loops loops, double *sums) {
+    int T = m->config.max_seq_len, *tokens = (int *)allocate(T, sizeof(int), "a sequence");
     double *nelbo = (double *)allocate(opt_rows, sizeof(double), "the sequences");
+    Noise noise = {opt_seed, 0, 0, opt_rows};
     evaluate(m, d, loops, opt_rows, m->max_B, opt_seed, nelbo);
     for (int r = 0; r < opt_rows; r++) {
-        Noise noise = evaluation_batch(m, d, tokens, &given, r, 1, opt_rows, opt_seed);
-        double t = noise_level(noise, 0);
+        double t = noise_level(noise, r);
+        int given = evaluation_sequence(d, tokens, r, opt_rows, T);
         sums[bucket_of(t)] += nelbo[r] * t * (T - given); // without the weight 1 / (t (T - given))
-        masked[bucket_of(t)] += m->R;
     }
     free(tokens);
     free(nelbo);
@@ -1333,9 +1327,10 @@ static void sum_by_t(Model *m, const Data *d, Loops loops, double *sums, double 
 
 static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
     int K = opt_buckets;
-    double *sums = (double *)allocate(2 * (size_t)n * K, sizeof(double), "the table");
-    double *masked = sums + (size_t)n * K;
-    for (int i = 0; i < n; i++) sum_by_t(m, d, loops[i], sums + i * K, masked + i * K);
+    double *masked = (double *)allocate((size_t)(n + 1) * K, sizeof(double), "the table");
+    double *sums = masked + K;
+    count_masked(d, m->config.max_seq_len, masked);
+    for (int i = 0; i < n; i++) sum_by_t(m, d, loops[i], sums + i * K);
 
     // A row of the table for each bucket of t, a column for each number of loops.
     Csv csv;
@@ -1347,7 +1342,7 @@ static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
         double low = k / (double)K, high = (k + 1) / (double)K;
         printf("%4.2f-%4.2f", low, high);
         for (int i = 0; i < n; i++) {
-            double count = masked[i * K + k], loss = sums[i * K + k] / count;
+            double count = masked[k], loss = sums[i * K + k] / count;
             if (!count) { // no sequence has this noise level
                 printf("         -");
                 continue;
@@ -1359,7 +1354,7 @@ static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
     }
     csv_close(&csv);
     printf("written to %s\n", opt_by_t);
-    free(sums);
+    free(masked);
 }
 
 // ---- --by-loop: does the state grow? Loops have no normalization of their own ----

@@ -176,7 +176,7 @@ def bench_train(o, table, folder):
             ours = max(ours, loopmdm_speed(o, S, folder))
             theirs = [max(best, peer.speed()) for best, peer in zip(theirs, peers)]
         c = peers[0].config
-        flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5, True) * 1e-9
+        flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * 1e-9
         table.line("train", shape_of(o, S), "tokens/s", ours, theirs, f" {ours * flops:8.0f}")
         del peers
 
@@ -324,7 +324,7 @@ def bench_scaling(o, table, folder):
             tokens = changed.batch * c.max_seq_len
             speed = max(loopmdm_speed(changed, S, folder) for _ in range(o.turns))
             took = tokens / speed * 1e3
-            flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5, True) * tokens
+            flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * tokens
             first = first or (took, flops)
             table.line("scaling", what, "ms", took, [],
                        f"   {flops / first[1]:6.2f} {took / first[0]:6.2f}")

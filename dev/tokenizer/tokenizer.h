@@ -5,7 +5,7 @@ There is no table of merges. Ids are in the order in which merges were learned, 
 next is the one whose union is the token of the lowest id. It gives the same ids as Hugging Face's
 tokenizers (dev/test/test_python.py).
 
-Included by dev/tools.c, which has die(), allocate(), map_file() and header_number().
+Included by dev/tools.c, which has die(), allocate() and map_file().
 */
 #include "unicode.h" // which characters are letters, numbers, spaces
 
@@ -62,9 +62,10 @@ static void tokenizer_add(Tokenizer *t, int id, const char *path) {
 }
 
 static Tokenizer tokenizer_open(const char *path) {
-    int version = header_number(path, 1) == 1 ? 1 : 2; // map_file() reads one version
     size_t size, at = HEADER_INTS * 4;
-    const int *header = map_file(path, TOKENIZER_MAGIC, version, "tokenizer", &size);
+    const int *header = map_file(path, TOKENIZER_MAGIC, 0, "tokenizer", &size), version = header[1];
+    if (version < 1 || version > 2)
+        die(FAILED, "%s is a tokenizer of version %d; this program reads 1 and 2", path, version);
     const unsigned char *file = (const unsigned char *)header;
     Tokenizer t;
     memset(&t, 0, sizeof t);
