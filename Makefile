@@ -64,6 +64,7 @@ FORCE:
 
 loopmdm: $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm
+	@$(if $(OPENMP),,echo 'Built without OpenMP: $@ uses one thread.')
 
 build/test_loopmdm: test_loopmdm.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm

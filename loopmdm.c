@@ -40,11 +40,10 @@ options (dev/tools.c). Or build this file in an empty folder: cc -O3 loopmdm.c -
 Results do not depend on the number of threads, not even in the last bit.
 */
 #ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE // mmap and glob, with -std=c11
+#define _DEFAULT_SOURCE // mmap and more, with -std=c11
 #endif
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -55,6 +54,9 @@ Results do not depend on the number of threads, not even in the last bit.
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#error "compile loopmdm without -Ofast and -ffast-math: they give wrong results and hide NaN"
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP(directive) _Pragma(#directive) // the compiler expands WORTH in it
@@ -1032,7 +1034,6 @@ typedef struct {
     Shard *shards;
     int num_shards, stride;
     int separator; // the token that ends a sequence's context, which is never masked; -1: none
-    int64_t total; // tokens
 } Data;
 
 // How many sequences of T tokens begin at multiples of stride: in one shard, then in all of d.
@@ -1144,7 +1145,7 @@ static Evaluation evaluate(Model *m, const Data *d, Loops loops, int n, int B, u
     }
 
     for (int r = 0; r < n; r++) e.nelbo += nelbo[r] / n;
-    for (int r = 0; r < n; r++) e.error += pow(nelbo[r] - e.nelbo, 2) / max_int(1, n - 1);
+    for (int r = 0; r < n; r++) e.error += pow(nelbo[r] - e.nelbo, 2) / (n - 1); // NaN if n = 1
     e.error = sqrt(e.error / n); // an upper estimate, because the t are spread evenly
     free(targets);
     return e;
@@ -1289,30 +1290,27 @@ static int *map_file(const char *path, int magic, int version, const char *kind,
     return map;
 }
 
-// Opens the shards that match a pattern, for sequences of T tokens. It checks each token.
-static Data data_open(const char *pattern, int vocab_size, int T) {
-    glob_t g;
-    if (glob(pattern, 0, NULL, &g)) die(FAILED, "no data: no file matches %s", pattern);
-    Data d = {(Shard *)allocate(g.gl_pathc, sizeof(Shard), "shards"), (int)g.gl_pathc, 1, -1, 0};
-    for (int i = 0; i < d.num_shards; i++) {
+// Opens n shards, for sequences of T tokens. It checks each token.
+static Data data_open(const char *const *paths, int n, int vocab_size, int T) {
+    Data d = {(Shard *)allocate(n, sizeof(Shard), "shards"), n, 1, -1};
+    for (int i = 0; i < n; i++) {
         size_t bytes;
-        const char *path = g.gl_pathv[i];
+        const char *path = paths[i];
         const int *file = map_file(path, SHARD_MAGIC, 1, "token shard", &bytes);
         Shard s = {(const uint16_t *)(file + HEADER_INTS), file[2]};
-        if (s.count < 1 || bytes != 4 * HEADER_INTS + 2 * (size_t)s.count)
-            die(FAILED, "%s is damaged: its header says %lld tokens, its size %zu", path,
-                (long long)s.count, (bytes - 4 * HEADER_INTS) / 2);
+        bytes -= 4 * HEADER_INTS;
+        if (s.count < 0 || bytes != 2 * (size_t)s.count)
+            die(FAILED, "%s is damaged: its header says %lld tokens of 2 bytes; %zu bytes follow",
+                path, (long long)s.count, bytes);
         for (int64_t j = 0; j < s.count; j++) // a wrong tokenizer would give nonsense
             if (s.tokens[j] >= vocab_size)
                 die(FAILED, "%s: token %lld is %d, outside the vocabulary of %d: was it made with "
                     "another tokenizer?", path, (long long)j, s.tokens[j], vocab_size);
         d.shards[i] = s;
-        d.total += s.count;
     }
     if (!data_sequences(&d, T, 1))
-        die(FAILED, "%s is too short: no shard has %d tokens; use more text or a smaller --seq-len",
-            pattern, T);
-    globfree(&g);
+        die(FAILED, "%s%s: too short, no shard has %d tokens; use more text or a smaller --seq-len",
+            paths[0], n > 1 ? " and the others" : "", T);
     return d;
 }
 
@@ -1430,8 +1428,8 @@ static void train(void) {
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     int steps = (int)number("--steps", 2000, 1), B = (int)number("--batch", 16, 1);
     double lr = number("--lr", 2e-3, 0), warmup = number("--warmup", 100, 0);
-    const char *out = option("--out", NULL);
-    Data data = data_open(option("--data", NULL), c.vocab_size, c.max_seq_len);
+    const char *out = option("--out", NULL), *path = option("--data", NULL);
+    Data data = data_open(&path, 1, c.vocab_size, c.max_seq_len);
     Recipe recipe = {(uint64_t)number("--seed", 1, 0), B, B};
     check_options();
     if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
@@ -1465,7 +1463,8 @@ static Loops open_model(Model *m, int B) {
 static void eval(void) {
     Model m;
     Loops loops = open_model(&m, 16);
-    Data data = data_open(option("--data", NULL), m.config.vocab_size, m.config.max_seq_len);
+    const char *path = option("--data", NULL);
+    Data data = data_open(&path, 1, m.config.vocab_size, m.config.max_seq_len);
     int n = (int)number("--rows", 1024, 1);
     check_options();
     double *nelbo = (double *)allocate(n, sizeof(double), "the sequences");

@@ -419,7 +419,8 @@ Data = namedtuple("Data", "shards stride separator", defaults=(1, -1))
 def data_open(pattern):
     """The Data of all shards whose names match."""
     shards = []
-    for path in sorted(glob.glob(pattern)):
+    # A name that exists is that file, even if it has [1] in it.
+    for path in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)):
         header = np.fromfile(path, np.int32, 256)
         if (len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1
                 or os.path.getsize(path) != 1024 + 2 * int(header[2])):
@@ -648,7 +649,8 @@ def run_sample(o):
     x = np.array([begin + [c.vocab_size] * (T - len(begin))])
     for i in range(o.n):
         ids = sample(model, x, o, o.loops or c.max_loops, o.seed, i)[-1, 0, 1:].tolist()
-        text = b"".join(tokens[token] for token in ids[: [*ids, eot].index(eot)])
+        end = [*ids, eot].index(eot, len(begin) - 1)  # the first end-of-text after the prompt
+        text = b"".join(tokens[token] for token in ids[:end])
         print("\n" * (i > 0) + text.decode(errors="replace"), flush=True)
 
 def whole_numbers(text):

@@ -16,13 +16,19 @@ method, and calls it. What it adds:
 
 With -DBACKEND='"loopmdm.cu"' it is the same program for a GPU.
 */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE // wcwidth, with -std=c11
+#endif
 #define TOOLS // loopmdm.c leaves out its own, smaller command line
 #include "../loopmdm.c"
 #include <ctype.h>
+#include <glob.h>
+#include <locale.h>
 #include <signal.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <time.h>
+#include <wchar.h>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -72,6 +78,12 @@ static int opt_buckets = 10, opt_threads;
 static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_ema;
 static double opt_temperature = 1, opt_eval_temperature, opt_top_p = 1, opt_threshold = 0.9;
 static uint64_t opt_seed = 1;
+
+#ifdef _OPENMP
+#define THREADS_HELP "threads (default: one for each core)"
+#else
+#define THREADS_HELP "threads: 1, because this program was built without OpenMP"
+#endif
 
 enum Type { FLAG, TEXT, INTEGER, SEED, REAL };
 
@@ -195,8 +207,7 @@ static const struct {
     {"rows-of", TOKENIZE, INTEGER, &opt_rows_of, 2, "T",
      "each story is a sequence of T tokens, filled up with end-of-text; longer ones are left out"},
     {"seed", TRAIN | EVAL | SAMPLE | ATTENTION, SEED, &opt_seed, 0, "N", "seed of all randomness"},
-    {"threads", TRAIN | EVAL | SAMPLE | ATTENTION, INTEGER, &opt_threads, 1, "N",
-     "threads (default: one for each core)"},
+    {"threads", TRAIN | EVAL | SAMPLE | ATTENTION, INTEGER, &opt_threads, 1, "N", THREADS_HELP},
 };
 enum { NUM_OPTIONS = COUNT(options), NUM_COMMANDS = COUNT(commands) };
 
@@ -278,6 +289,10 @@ static void parse_options(int command, int argc, char **argv) {
         }
         int i = find_option(command, argv[a]);
         const char *name = options[i].name, *equals = strchr(argv[a], '=');
+        // Of two numbers the last counts. Two files or texts look as if both were meant.
+        if (was_given[i] && options[i].type == TEXT)
+            die(USAGE, "--%s is given twice: give it once%s", name,
+                strcmp(options[i].argument, "FILES") ? "" : ", with one pattern for all files");
         was_given[i] = 1;
         if (options[i].type == FLAG) {
             if (equals) die(USAGE, "--%s takes no value", name);
@@ -297,6 +312,10 @@ static void parse_options(int command, int argc, char **argv) {
     if (opt_threads > 1024) die(USAGE, "--threads is %d; at most 1024", opt_threads);
 #ifdef _OPENMP
     if (opt_threads) omp_set_num_threads(opt_threads);
+#else
+    if (opt_threads > 1)
+        die(USAGE, "--threads is %d, but this program was built without OpenMP: it has one thread",
+            opt_threads);
 #endif
 }
 
@@ -429,12 +448,29 @@ static void keep_apart(const char *option, const char *path, const char *input_o
     free(temporary);
 }
 
+// The files of a name or a pattern such as train_*.bin. A name that exists is that file, even if it
+// has [1] in it. Sets paths, which stay until the end of the program; returns how many.
+static int find_files(const char **name, const char *const **paths) {
+    glob_t g;
+    *paths = name;
+    if (!access(*name, F_OK)) return 1;
+    if (glob(*name, 0, NULL, &g)) return 0;
+    *paths = (const char *const *)g.gl_pathv;
+    return (int)g.gl_pathc;
+}
+
 static void keep_apart_from_data(const char *option, const char *path, const char *data_option,
                                  const char *pattern) {
-    glob_t g;
-    if (!pattern || glob(pattern, 0, NULL, &g)) return; // no file matches: data_open() says so
-    for (size_t i = 0; i < g.gl_pathc; i++) keep_apart(option, path, data_option, g.gl_pathv[i]);
-    globfree(&g);
+    const char *const *inputs;
+    int n = pattern ? find_files(&pattern, &inputs) : 0; // no file matches: open_data() says so
+    for (int i = 0; i < n; i++) keep_apart(option, path, data_option, inputs[i]);
+}
+
+static Data open_data(const char *pattern, int vocab_size, int T) {
+    const char *const *paths;
+    int n = find_files(&pattern, &paths);
+    if (!n) die(FAILED, "no data: no file matches %s", pattern);
+    return data_open(paths, n, vocab_size, T);
 }
 
 // ---- what training writes into --out ----
@@ -585,10 +621,11 @@ static int find_tokenizer(Tokenizer *t, const Model *m) {
     return found;
 }
 
-// The text of tokens (n) up to an end-of-text. MASK is shown as a blank. The caller frees it.
-static char *text_of(const Tokenizer *t, const int *tokens, int n) {
+// The text of tokens (n): the first `shown` whole, then up to an end-of-text. MASK is shown as a
+// blank. The caller frees it.
+static char *text_of(const Tokenizer *t, const int *tokens, int n, int shown) {
     char *text = (char *)allocate((size_t)n * max_int(t->longest, 3) + 1, 1, "text"), *s = text;
-    for (int i = 0; i < n && tokens[i] != t->eot; i++) {
+    for (int i = 0; i < n && (i < shown || tokens[i] != t->eot); i++) {
         int id = tokens[i], masked = id >= t->vocab_size, length = masked ? 3 : t->length[id];
         memcpy(s, masked ? " __" : (const char *)t->bytes[id], length);
         s += length;
@@ -598,9 +635,9 @@ static char *text_of(const Tokenizer *t, const int *tokens, int n) {
 
 // The same, after a first end-of-text, with which each text begins. Without a tokenizer (NULL): the
 // ids. The caller frees it.
-static char *decode(const Tokenizer *t, const int *tokens, int T) {
-    if (t && T > 0 && tokens[0] == t->eot) return text_of(t, tokens + 1, T - 1);
-    if (t) return text_of(t, tokens, T);
+static char *decode(const Tokenizer *t, const int *tokens, int T, int shown) {
+    if (t && T > 0 && tokens[0] == t->eot) return text_of(t, tokens + 1, T - 1, shown - 1);
+    if (t) return text_of(t, tokens, T, shown);
     char *text = (char *)allocate((size_t)T * 6 + 1, 1, "text"), *s = text; // ids up to 65535
     for (int i = 0; i < T; i++) s += sprintf(s, i ? " %d" : "%d", tokens[i]);
     return text;
@@ -691,6 +728,19 @@ static char *read_file(const char *path, size_t *size) {
     if (ferror(file)) die(FAILED, "cannot read %s: %s", path, strerror(errno));
     fclose(file);
     text[*size] = 0;
+    return text;
+}
+
+// A text file as tinystories.py reads it: without a byte order mark, and each line ends with \n, if
+// it was written on Windows too. The caller frees it.
+static char *read_text(const char *path, size_t *size) {
+    char *text = read_file(path, size);
+    size_t n = 0, i = *size >= 3 && !memcmp(text, "\xef\xbb\xbf", 3) ? 3 : 0;
+    for (; i < *size; i++)
+        if (text[i] != '\r') text[n++] = text[i];
+        else if (text[i + 1] != '\n') text[n++] = '\n'; // after the last byte there is a zero
+    text[n] = 0;
+    *size = n;
     return text;
 }
 
@@ -892,11 +942,19 @@ typedef struct {
     int loss_count;
 } Training;
 
-static volatile sig_atomic_t interrupted;
+static volatile sig_atomic_t interrupted; // the signal's number
 
+// A second Ctrl-C ends the program at once. But a terminal that is closed may send SIGHUP twice.
 static void on_interrupt(int number) {
-    interrupted = 1;
-    signal(number, SIG_DFL); // a second Ctrl-C ends the program at once
+    interrupted = number;
+    signal(number, number == SIGHUP ? SIG_IGN : SIG_DFL);
+}
+
+static void catch_interrupts(void) {
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    if (signal(SIGHUP, on_interrupt) == SIG_IGN) signal(SIGHUP, SIG_IGN); // by nohup
+    signal(SIGPIPE, SIG_IGN); // to write to a pipe that is closed is then an error
 }
 
 // --loop-dist: a step has S = 1 .. S_max loops with p(S) = 1/S_max, S_max, or p(S) ~ 1/FLOPs(S).
@@ -958,10 +1016,10 @@ static void train_open(Training *t) {
     t->model.keeps_ema = start.has_average;
 
     // The data.
-    t->data = data_open(opt_data, c.vocab_size, T);
+    t->data = open_data(opt_data, c.vocab_size, T);
     fix_rows(&t->data, opt_data, tokenizer, T);
     if (!opt_val_data) return;
-    t->val_data = data_open(opt_val_data, c.vocab_size, T);
+    t->val_data = open_data(opt_val_data, c.vocab_size, T);
     fix_rows(&t->val_data, opt_val_data, tokenizer, T);
     t->num_val = loop_numbers(c, t->val_loops, MOST_LOOPS);
     for (int i = 0; i < t->num_val; i++)
@@ -1078,9 +1136,17 @@ static void train_begin(Training *t) {
     t->begin = t->state.step;
     t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
     Config c = t->model.config;
-    printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens\n",
+    int64_t tokens = 0, unused = 0; // in shards that are too short for a sequence
+    for (int i = 0; i < t->data.num_shards; i++) {
+        int64_t n = t->data.shards[i].count;
+        if (n < c.max_seq_len) unused += n;
+        else tokens += n;
+    }
+    printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens",
            t->model.params.total, c.layers, c.loop_start, c.loop_end, c.max_loops,
-           (long long)t->data.total);
+           (long long)tokens);
+    if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
+    printf("\n");
     print_memory(&t->model);
 }
 
@@ -1167,15 +1233,19 @@ static void report_step(Training *t, double took) {
     if (validates) validate(t);
     else for (int i = 0; i < t->num_val; i++) fputc(',', t->log); // empty columns
     fputc('\n', t->log);
-    if (fflush(stdout) || fflush(t->log))
-        die(FAILED, "cannot write log.csv in %s, or standard output: %s", opt_out, strerror(errno));
+    if (fflush(t->log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
 
-    if (step % opt_save_every == 0 || last || stop) save_checkpoint(t);
+    // What is learned is saved, even if nobody reads the output any more.
+    int lost = fflush(stdout) ? errno : 0;
+    if (step % opt_save_every == 0 || last || stop || lost) save_checkpoint(t);
     t->began += seconds() - now; // neither validating nor saving counts in tokens/s
+    if (lost && !stop)
+        die(FAILED, "cannot write to standard output: %s; the checkpoint of step %d is in %s, "
+            "--resume continues", strerror(lost), step, opt_out);
     if (stop && !last) {
         printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", step,
                opt_out);
-        exit(130);
+        exit(128 + stop); // 130 after Ctrl-C, as shells have it
     }
 }
 
@@ -1185,8 +1255,7 @@ static void train(void) {
     check_train_options();
     train_open(&t);
     train_begin(&t);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
+    catch_interrupts();
     t.began = seconds();
     while (t.state.step < opt_steps) {
         double step_began = seconds();
@@ -1265,22 +1334,33 @@ static double tokens_per_byte(const Data *d, const Tokenizer *t, int n, int T) {
     return count / bytes;
 }
 
+// How many tokens of a sequence can be masked: the mean over the n sequences that evaluate() takes.
+static double maskable_tokens(const Data *d, int n, int T) {
+    int *tokens = (int *)allocate(T, sizeof(int), "a sequence");
+    double sum = 0;
+    for (int r = 0; r < n; r++) sum += T - evaluation_sequence(d, tokens, r, n, T);
+    free(tokens);
+    return sum / n;
+}
+
 // Prints the NELBO for each of n numbers of loops (or taus).
 static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, const Loops *loops,
                        int n) {
     Config c = m->config;
     int T = c.max_seq_len;
     double bits = t ? tokens_per_byte(d, t, opt_rows, T) / log(2) : 0; // 1 nat/token in bits/byte
+    double head = 0.5 * maskable_tokens(d, opt_rows, T) * head_flops(c); // it sees half of them
     double *nelbo = (double *)allocate(opt_rows, sizeof(double), "the sequences");
-    printf("%s, step %d: NELBO of %d rows of %d tokens\n\n", opt_model, step, opt_rows, T);
+    printf("%s, step %d: NELBO of %d row%s of %d tokens\n\n", opt_model, step, opt_rows,
+           opt_rows > 1 ? "s" : "", T);
     printf("%sloops  passes  NELBO, nats/token  perplexity at most%s  GFLOP/row  tokens/s\n",
            opt_adaptive ? "   tau  " : "", bits > 0 ? "  bits/byte" : "");
     for (int i = 0; i < n; i++) {
         double began = seconds();
         Evaluation e = evaluate(m, d, loops[i], opt_rows, m->max_B, opt_seed, nelbo);
-        // The mean over sequences: with --adaptive they differ. The head sees half of the tokens.
+        // The mean over sequences: with --adaptive they differ.
         double passes = num_passes(c, 0) + e.loops * (c.loop_end - c.loop_start);
-        double gflop = (pass_flops(c, T, passes) + 0.5 * head_flops(c)) * T * 1e-9;
+        double gflop = (T * pass_flops(c, T, passes) + head) * 1e-9;
         double speed = (double)opt_rows * T / (seconds() - began);
 
         if (!isfinite(e.nelbo))
@@ -1288,9 +1368,12 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
                 opt_model, e.nelbo, loops[i].S);
         if (opt_adaptive) printf("%6g  %5.2f  %6.2f", loops[i].tau, e.loops, passes);
         else printf("%5d  %6.0f", loops[i].S, passes);
-        printf("    %.4f +- %.4f  %18.2f", e.nelbo, e.error, exp(e.nelbo));
+        printf("    %.4f +- ", e.nelbo);
+        if (opt_rows > 1) printf("%.4f", e.error);
+        else printf("%6s", "?"); // one number has no spread
+        printf("  %18.2f", exp(e.nelbo));
         if (bits > 0) printf("  %9.3f", e.nelbo * bits);
-        printf("  %9.3f  %8.0f\n", gflop, speed);
+        printf("  %9.4f  %8.0f\n", gflop, speed);
         fflush(stdout);
     }
     free(nelbo);
@@ -1450,7 +1533,7 @@ static double last_number(char *s) {
 // The number that an answer ends with: the last one after its last ####, or else its last one, as
 // in GSM8K. NaN if it has none.
 static double final_number(const Tokenizer *t, const int *tokens, int T) {
-    char *text = text_of(t, tokens, T), *s = text, *mark;
+    char *text = text_of(t, tokens, T, 0), *s = text, *mark;
     while ((mark = strstr(s, "####"))) s = mark + 4; // after the last one
     double number = last_number(s);
     free(text);
@@ -1591,7 +1674,7 @@ static void eval(void) {
     int T = m.config.max_seq_len, step = file[AT_STEP];
     int n = inference_loops(m.config, loops, MOST_LOOPS);
     const Tokenizer *t = find_tokenizer(&tokenizer, &m) ? &tokenizer : NULL;
-    Data data = data_open(opt_data, m.config.vocab_size, T);
+    Data data = open_data(opt_data, m.config.vocab_size, T);
     fix_rows(&data, opt_data, t, T);
     check_rows(T);
     check_eval_options();
@@ -1613,9 +1696,15 @@ typedef struct {
     Model *model;
     const Tokenizer *tokenizer;
     int side;       // of a board, or 0
+    int shown;      // tokens that are shown even if one of them is an end-of-text
     int show_loops; // S with --show-loops, or 0
     int lines;      // drawn so far on a terminal, to be drawn over
 } Watch;
+
+static char *text_or_board(const Watch *w, const int *x, int T, int grid) { // the caller frees it
+    if (w->side) return board_text(w->tokenizer, x, w->side, grid);
+    return decode(w->tokenizer, x, T, w->shown);
+}
 
 // One line, which begins with label: for a file or pipe.
 static void draw_line(char *text, const char *label) {
@@ -1624,33 +1713,55 @@ static void draw_line(char *text, const char *label) {
     printf("%s |%s%s\n", label, *text == ' ' ? "" : " ", text);
 }
 
-// How many bytes of s go into a line of a terminal: up to a line end, or to a space before width.
-static int line_length(const char *s, int width) {
-    int n = (int)strcspn(s, "\n"), cut = 0, columns = 0, space = 0;
-    for (; cut < n && columns < width; cut++) {
-        columns += (s[cut + 1] & 0xc0) != 0x80; // continuation bytes of UTF-8 take no column
-        if (s[cut] == ' ') space = cut;
+// The character at s: its bytes, and the columns that it takes on a terminal, or takes at most if
+// terminals disagree. -1: a control character or no valid UTF-8, which must not be drawn.
+static int character_columns(const char *s, int *bytes) {
+    wchar_t c;
+    *bytes = mbtowc(&c, s, MB_CUR_MAX);
+    if (*bytes < 1) {
+        *bytes = 1;
+        return -1;
     }
-    return cut < n && space ? space : cut;
+    if (c < 32 || (c >= 127 && c < 160) || c == 0x2028 || c == 0x2029) return -1;
+    if (c == 0xfe0f) return 1; // makes the sign before it an emoji, often a column wider
+    int columns = wcwidth(c);
+    return columns < 0 ? 2 : columns; // newer than this table
+}
+
+// Draws a line of s within `width` columns: up to a line end, or to a space before width. Returns
+// how many bytes it took from s.
+static int draw_wrapped(const char *s, int width) {
+    int end = 0, space = 0, bytes, columns = 0;
+    for (; s[end] && s[end] != '\n'; end += bytes) {
+        columns += abs(character_columns(s + end, &bytes));
+        if (columns > width && end > 0) break; // one character at least
+        if (s[end] == ' ') space = end;
+    }
+    if (s[end] && s[end] != '\n' && s[end] != ' ' && space) end = space;
+
+    printf("\033[?7l"); // the terminal must not wrap it again, where it thinks of other columns
+    for (int i = 0; i < end; i += bytes) {
+        if (character_columns(s + i, &bytes) < 0) putchar(s[i] == '\t' ? ' ' : '?');
+        else printf("%.*s", bytes, s + i);
+    }
+    printf("\033[?7h\n");
+    return end + (s[end] == '\n' || s[end] == ' '); // a space at a line end is not drawn
 }
 
 // Over the last drawing on a terminal, wrapped at its width.
 static void draw_in_place(Watch *w, const char *s, const char *label) {
     struct winsize size;
-    int known = !ioctl(1, TIOCGWINSZ, &size) && size.ws_col > 8 && size.ws_row > 2;
-    int width = known ? size.ws_col - 1 : 79, height = known ? size.ws_row - 1 : 23;
+    int known = !ioctl(1, TIOCGWINSZ, &size) && size.ws_col > 0 && size.ws_row > 0;
+    int width = known ? size.ws_col : 80, height = max_int(1, (known ? size.ws_row : 24) - 1);
     if (w->lines) printf("\033[%dA", w->lines); // back up,
     printf("\r\033[J");                        // and clear what is below
     w->lines = 0;
     if (w->show_loops) {
-        printf("%s\n", label);
+        draw_wrapped(label, INT_MAX);
         w->lines = 1;
     }
-    for (; *s && w->lines < height; w->lines++) { // what does not fit on the screen is left out
-        int n = line_length(s, width);
-        printf("%.*s\n", n, s);
-        s += n + (s[n] == '\n' || s[n] == ' '); // a space at a line end is not drawn
-    }
+    for (; *s && w->lines < height; w->lines++) // what does not fit on the screen is left out
+        s += draw_wrapped(s, width);
     fflush(stdout);
     struct timespec pause = {0, (w->show_loops ? 4 : 1) * 60000000L}; // long enough to be seen
     nanosleep(&pause, NULL);
@@ -1658,8 +1769,7 @@ static void draw_in_place(Watch *w, const char *s, const char *label) {
 
 static void draw(Watch *w, const int *x, int T, const char *label) {
     int terminal = isatty(1);
-    char *text = w->side ? board_text(w->tokenizer, x, w->side, terminal)
-                         : decode(w->tokenizer, x, T);
+    char *text = text_or_board(w, x, T, terminal);
     if (terminal) draw_in_place(w, text, label);
     else draw_line(text, label);
     free(text);
@@ -1723,12 +1833,27 @@ static int encode_start_text(const Model *m, const Tokenizer *t, int *x, const c
     return T;
 }
 
+// Exits if a digit of the board x (side*side) stands twice in a row, column or box.
+static void check_board(const int *x, int side, int mask) {
+    int high = (int)sqrt(side), wide = side / high; // a box, if boxes fill the board
+    for (int i = 0; i < side * side; i++)
+        for (int j = i + 1; j < side * side; j++) {
+            if (x[i] == mask || x[i] != x[j]) continue;
+            int row = i / side, column = i % side, row2 = j / side, column2 = j % side;
+            int boxes = row / high == row2 / high && column / wide == column2 / wide;
+            if (row == row2 || column == column2 || (boxes && high * wide == side))
+                die(USAGE, "--puzzle has no solution: row %d, column %d and row %d, column %d hold "
+                    "the same digit", row + 1, column + 1, row2 + 1, column2 + 1);
+        }
+}
+
 static int encode_puzzle(const Model *m, const Tokenizer *t, int *x, const char *text) {
     int most = m->config.max_seq_len;
     if (!t) die(FAILED, "%s has no tokenizer.bin; name one with --tokenizer", opt_model);
     int T = encode_board(t, x, most, m->config.vocab_size, text), side = (int)lrint(sqrt(T));
     if (T != most) die(USAGE, "--puzzle has %d cells; the model takes %d", T, most);
     if (side * side != T) die(USAGE, "--puzzle: %d cells are no square", T);
+    check_board(x, side, m->config.vocab_size);
     return T;
 }
 
@@ -1749,32 +1874,37 @@ static int encode_start(const Model *m, const Tokenizer *t, int *x, const char *
 // n beginnings x (n, max_seq_len); each has T (n) tokens, of which some are MASK.
 typedef struct { int n, *T, *x; } Starts;
 
+// Reads --fill-file. Sets lines to those of its lines that hold more than space; returns how many.
+static int read_templates(char ***lines) {
+    size_t size;
+    int n = 0;
+    char *file = read_text(opt_fill_file, &size);
+    if (strlen(file) < size)
+        die(FAILED, "%s holds a zero byte, so it is no text: write one template in a line",
+            opt_fill_file);
+    *lines = (char **)allocate(size, sizeof(char *), "the templates");
+    for (char *line = strtok(file, "\n"); line; line = strtok(NULL, "\n"))
+        if (line[strspn(line, " \t")]) (*lines)[n++] = line;
+    if (!n) die(FAILED, "%s has no template: write one in a line", opt_fill_file);
+    return n;
+}
+
 static Starts read_starts(const Model *m, const Tokenizer *t, SampleOptions o) {
     int most = m->config.max_seq_len;
-    const char *option = "--prompt", *text = opt_prompt ? opt_prompt : "";
-    char *file = NULL, where[64];
+    char where[64], *text = (char *)(opt_prompt ? opt_prompt : ""), **texts = &text;
+    const char *option = "--prompt";
     Starts s = {1, NULL, NULL};
     if (opt_fill) {
         option = "--fill";
-        text = opt_fill;
+        text = (char *)opt_fill;
     }
     if (opt_puzzle) {
         option = "--puzzle";
-        text = opt_puzzle;
+        text = (char *)opt_puzzle;
     }
     if (opt_fill_file) {
-        size_t size;
-        file = read_file(opt_fill_file, &size);
-        if (strlen(file) < size)
-            die(FAILED, "%s holds a zero byte, so it is no text: write one template in a line",
-                opt_fill_file);
-        for (char *c = file; *c; c++) {
-            if (*c != '\n') continue;
-            *c = 0; // from here on a line is a string
-            s.n += c[1] != 0;
-        }
         option = where;
-        text = file;
+        s.n = read_templates(&texts);
     }
 
     // All are encoded before the first text is written: errors come first.
@@ -1783,12 +1913,10 @@ static Starts read_starts(const Model *m, const Tokenizer *t, SampleOptions o) {
     for (int i = 0; i < s.n; i++) {
         int *x = s.x + (size_t)i * most;
         snprintf(where, sizeof where, "--fill-file, template %d", i + 1);
-        s.T[i] = encode_start(m, t, x, option, text);
+        s.T[i] = encode_start(m, t, x, option, texts[i]);
         int blocks = blocks_to_fill(x, s.T[i], m->config.vocab_size);
         if (o.order != ORDER_THRESHOLD) check_steps(o.steps, blocks);
-        text += strlen(text) + 1;
     }
-    free(file);
     return s;
 }
 
@@ -1807,8 +1935,7 @@ static void write_texts(Watch *w, SampleOptions o, const int *start, int T) {
         sample(m, x, n, T, o, first, sample_step, w);
 
         for (int b = 0; b < n; b++) {
-            char *text = w->side ? board_text(w->tokenizer, x + b * T, w->side, 1)
-                                 : decode(w->tokenizer, x + b * T, T);
+            char *text = text_or_board(w, x + b * T, T, 1);
             if (w->lines) printf("\033[%dA\r\033[J", w->lines); // over the drawing
             w->lines = 0;
             printf("%s%s\n", printed++ ? "\n" : "", text);
@@ -1861,6 +1988,8 @@ static void sample_command(void) {
     if (opt_length > most)
         die(USAGE, "--length is %d; the model takes at most %d tokens", opt_length, most);
     Starts starts = read_starts(&m, t, o);
+    if (opt_watch && !setlocale(LC_CTYPE, "C.UTF-8")) // for wcwidth()
+        setlocale(LC_CTYPE, "UTF-8");                 // macOS
     load_model(&m, file, opt_watch ? 1 : min_int(opt_n, 16)); // one text is watched at a time
 
     int slots = max_int(steps, most); // steps; --order threshold takes at most one for each token
@@ -1869,7 +1998,10 @@ static void sample_command(void) {
     double blanks = 0, began = seconds();
     for (int i = 0; i < starts.n; i++) {
         int T = starts.T[i], *x = starts.x + (size_t)i * most;
-        Watch w = {&m, t, opt_puzzle ? (int)lrint(sqrt(T)) : 0, opt_show_loops ? loops.S : 0, 0};
+        int side = opt_puzzle ? (int)lrint(sqrt(T)) : 0, shown = T; // of a template all is shown,
+        if (!opt_fill && !opt_fill_file)                            // else all that is given
+            while (shown > 0 && x[shown - 1] == m.config.vocab_size) shown--;
+        Watch w = {&m, t, side, shown, opt_show_loops ? loops.S : 0, 0};
         for (int k = 0; k < T; k++) blanks += x[k] == m.config.vocab_size ? opt_n : 0;
         o.draw.seed = opt_seed + (uint64_t)i; // other random numbers for each template
         write_texts(&w, o, x, T);
@@ -2016,7 +2148,7 @@ static void attention(void) {
     Config c = m.config;
     loop_numbers(c, &S, 1);
     int T = c.max_seq_len, NH = c.heads, P = num_passes(c, S);
-    Data d = data_open(opt_data, c.vocab_size, T);
+    Data d = open_data(opt_data, c.vocab_size, T);
     fix_rows(&d, opt_data, find_tokenizer(&tokenizer, &m) ? &tokenizer : NULL, T);
     check_rows(T);
     if (opt_csv) csv_check("--csv", opt_csv);
@@ -2121,7 +2253,7 @@ static size_t end_of_story(const Tokenizer *t, const char *text, size_t begin, s
 static void tokenize_file(const Tokenizer *t) {
     size_t size, end;
     check_input();
-    char *text = read_file(opt_input, &size);
+    char *text = read_text(opt_input, &size);
     int *ids = (int *)allocate(size, sizeof(int), "tokens"), stories = 0, too_long = 0;
     Output out = {NULL, NULL, 0, 0};
     for (size_t begin = 0; begin < size; begin = end + t->length[t->eot]) {
@@ -2249,6 +2381,28 @@ static void hold_standard_streams(void) {
     close(file);
 }
 
+// The program was built for another CPU, such as one with AVX-512.
+static void on_illegal_instruction(int number) {
+    static const char text[] = "loopmdm: this CPU lacks an instruction that the program was built "
+        "to use: run make on this machine, or make ARCH= for any CPU\n";
+    (void)number;
+    ssize_t written = write(2, text, sizeof text - 1); // printf must not be used here
+    (void)written;
+    _exit(FAILED);
+}
+
+// A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. Beside other programs
+// that costs nearly all speed. OpenMP reads its settings before main(): so the program begins anew.
+static void sleep_sooner(char **argv) {
+#if defined(_OPENMP) && defined(__linux__)
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return; // the user knows better
+    setenv("GOMP_SPINCOUNT", "3000", 1);
+    execv("/proc/self/exe", argv); // if that fails, it goes on as it is
+#else
+    (void)argv;
+#endif
+}
+
 static void print_commands(FILE *to) {
     fprintf(to, "usage: loopmdm COMMAND [options]; loopmdm COMMAND --help lists them\n\n");
     for (int i = 0; i < NUM_COMMANDS; i++) {
@@ -2261,6 +2415,8 @@ int main(int argc, char **argv) {
     static void (*const run[])(void) = {
         train, eval, sample_command, attention, tokenize, info, flops
     };
+    signal(SIGILL, on_illegal_instruction);
+    sleep_sooner(argv);
     flush_subnormals();
     signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error, as a full disk is
     hold_standard_streams();

@@ -42,6 +42,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 import train_gpt2style as reference  # noqa: E402
 
 PARTS = ("train", "forward", "sample", "matmul", "memory", "scaling")
+IN_PROCESS = {"forward", "sample", "matmul"}  # they call functions of build/profile.so
 # model, V, T, B: what make bench measures
 SUITE = [("nano", 1024, 128, 32), ("d6", 4096, 256, 16), ("d12", 50257, 256, 2),
          ("d6", 4096, 1024, 4)]
@@ -330,6 +331,17 @@ def bench_scaling(o, table, folder):
                        f"   {flops / first[1]:6.2f} {took / first[0]:6.2f}")
 
 
+def build(o, parts):
+    """Builds what these parts run. A program that the user names is taken as it is."""
+    needed = ["build/profile.so"] if parts & IN_PROCESS else []
+    if not o.program:
+        o.program = "build/loopmdm_cuda_bf16" if o.device == "cuda" else "./loopmdm"
+        if o.device == "cpu" or not os.path.exists(o.program):  # it may be built for this GPU
+            needed.append(os.path.normpath(o.program))
+    if needed and subprocess.run(["make", "-s", *needed]).returncode:
+        sys.exit(f"bench.py: make {' '.join(needed)} failed")
+
+
 def library(o):
     """build/profile.so with its functions declared."""
     lib = ctypes.CDLL(os.path.abspath("build/profile.so"))
@@ -374,7 +386,6 @@ def options():
     if set(o.parts) - set(PARTS):
         parser.error(f"parts are {', '.join(PARTS)}")
     cuda = o.device == "cuda"
-    o.program = o.program or ("build/loopmdm_cuda_bf16" if cuda else "./loopmdm")
     o.batch, o.steps = o.batch or (64 if cuda else 16), o.steps or (20 if cuda else 3)
     return o
 
@@ -387,7 +398,8 @@ def main():
         Peer(o, o.peer, "eager", o.folder).speed()
         return
     parts = o.parts or ["train"]
-    lib = library(o) if set(parts) & {"forward", "sample", "matmul"} else None
+    build(o, set(parts))
+    lib = library(o) if IN_PROCESS & set(parts) else None
     where = f"{o.threads} threads, fp32"
     if o.device == "cuda":
         where = f"{torch.cuda.get_device_name()}, bf16"
@@ -404,8 +416,7 @@ def main():
                 if part != "scaling":
                     one.model, one.vocab, one.seq_len, one.batch = model, V, T, B
                 write_data(os.path.join(folder, "data.bin"), one.vocab)
-                in_process = part in ("forward", "sample", "matmul")
-                run[part](one, table, lib if in_process else folder)
+                run[part](one, table, lib if part in IN_PROCESS else folder)
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ HOOK int main(int argc, char **argv) {
     model_set_parameters(&m, params);
     uint16_t *tokens = (uint16_t *)allocate(1 << 20, sizeof *tokens, "tokens");
     Shard shard = {tokens, 1 << 20};
-    Data data = {&shard, 1, 1, -1, shard.count};
+    Data data = {&shard, 1, 1, -1};
     for (int k = 0; k < shard.count; k++)
         tokens[k] = (uint16_t)(random_bits(1, STREAM_BATCH, 1, k) % V);
     Recipe recipe = {1, B, B};

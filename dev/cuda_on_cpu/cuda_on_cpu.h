@@ -44,12 +44,16 @@ Limits:
   - Arithmetic on __nv_bfloat16 is float. A GPU rounds each result.
   - Static shared memory does not count for the limit of a block.
   - A thread must not spin until another thread writes.
-  - Pointers inside structures are not checked.
-  - A kernel has at least one argument. Its template arguments are written out. A launch stands in
-    one line up to its (.
+  - Pointers inside structures are not checked. Host code may use a variable with __device__ or
+    __constant__ by its name, and a kernel may write one with __constant__: only nvcc warns.
+  - Launches and copies are done when they return. A missing cudaDeviceSynchronize, or a missing
+    wait for another stream, does not show.
+  - The template arguments of a kernel are written out, without < or > in them. A launch stands in
+    one line up to its (. For one in a macro, errors name the kernel as the macro does.
   - A shared array is declared by itself in a line. Others work too, but start as zeros, and
     AddressSanitizer does not see them.
   - The local variables of a thread fit in 64 KiB.
+  - There is no __half, no __managed__, and of CUDA's libraries and calls only what stands here.
 */
 #pragma once
 #include <math.h>
@@ -107,6 +111,7 @@ using namespace cuda_on_cpu::cuda;
 
 #define __global__
 #define __device__
+#define __constant__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -118,6 +123,9 @@ using namespace cuda_on_cpu::cuda;
 #define rsqrtf(x) (1.0f / sqrtf(x))
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
+#define __powf(x, y) powf(x, y)
+#define __sinf(x) sinf(x)
+#define __cosf(x) cosf(x)
 #define __fdividef(x, y) ((x) / (y))
 #define __fmaf_rn(x, y, z) fmaf(x, y, z)
 
@@ -147,22 +155,25 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct uint3 {
-    unsigned x, y, z;
-};
+
+// As on a GPU, three numbers are aligned like one, and no vector to more than 16 bytes.
+#define VECTORS(T, name) \
+    struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
+    struct name##3 { T x, y, z; }; \
+    struct alignas(sizeof(T) > 4 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VECTORS(signed char, char) VECTORS(unsigned char, uchar)
+VECTORS(short, short) VECTORS(unsigned short, ushort)
+VECTORS(int, int) VECTORS(unsigned, uint)
+VECTORS(long long, longlong) VECTORS(unsigned long long, ulonglong)
+VECTORS(float, float) VECTORS(double, double)
+#undef VECTORS
+
 inline dim3 gridDim, blockDim;
 inline thread_local uint3 blockIdx, threadIdx;
 inline constexpr int warpSize = 32;
-
-#define VECTORS(T, name) \
-    struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
-    struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; }; \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
-    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-VECTORS(int, int)
-VECTORS(unsigned, uint)
-VECTORS(float, float)
-#undef VECTORS
 
 inline unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return bits<float>(x); }
@@ -206,16 +217,19 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 template <class T> T __ldg(const T *p) { return *p; }
+template <class T> T __ldcs(const T *p) { return *p; }
+template <class T> void __stcs(T *p, Given<T> x) { *p = x; }
 
-template <class T> T atomicAdd(T *p, Given<T> x) {
-    return atomically(p, [=](T old) { return old + x; });
-}
-template <class T> T atomicMax(T *p, Given<T> x) {
-    return atomically(p, [=](T old) { return max(old, x); });
-}
-template <class T> T atomicMin(T *p, Given<T> x) {
-    return atomically(p, [=](T old) { return min(old, x); });
-}
+#define ATOMIC(name, value) \
+    template <class T> T name(T *p, Given<T> x) { \
+        return atomically(p, [=](T old) { return value; }); \
+    }
+ATOMIC(atomicAdd, old + x) ATOMIC(atomicSub, old - x)
+ATOMIC(atomicMax, max(old, x)) ATOMIC(atomicMin, min(old, x))
+ATOMIC(atomicAnd, old & x) ATOMIC(atomicOr, old | x) ATOMIC(atomicXor, old ^ x)
+ATOMIC(atomicInc, old < x ? old + 1 : 0)
+ATOMIC(atomicDec, old && old <= x ? old - 1 : x)
+#undef ATOMIC
 template <class T> T atomicExch(T *p, Given<T> x) {
     return atomically(p, [=](T) { return x; });
 }
@@ -855,19 +869,27 @@ enum cudaError_t {
     cudaErrorNoKernelImageForDevice = 209
 };
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
 };
+enum { cudaMemAttachGlobal = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-typedef int cudaStream_t;
+typedef struct CUstream_st {} *cudaStream_t;
 typedef double *cudaEvent_t; // seconds
 struct cudaDeviceProp {
     char name[256];
-    size_t totalGlobalMem, sharedMemPerBlockOptin;
-    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
+    int maxThreadsPerBlock, warpSize, major, minor, multiProcessorCount;
 };
 } // namespace cuda
 
-inline std::map<char *, size_t> allocations; // device memory: address and bytes
+// Device memory. The host may touch what is managed. CUDA_ON_CPU_PROTECT closes only what came from
+// cudaMalloc: a variable shares its page with others.
+struct Allocation {
+    size_t bytes;
+    enum { MALLOC, MANAGED, VARIABLE } kind;
+};
+inline std::map<char *, Allocation> allocations;
 inline size_t allocated;
 inline std::map<const void *, size_t> shared_limits; // of the kernels that asked
 inline cudaError_t last_error;
@@ -881,28 +903,32 @@ inline cudaError_t check_device() {
     return result(settings.devices == 0 ? cudaErrorNoDevice : cudaSuccess);
 }
 
-// Whether all `bytes` from p on lie within one allocation. With bytes = 0 p may be its end.
-inline bool on_device(const void *p, size_t bytes) {
+// The allocation in which all `bytes` from p on lie, or NULL. With bytes = 0 p may be its end.
+inline Allocation *on_device(const void *p, size_t bytes) {
     auto after = allocations.upper_bound((char *)p);
-    if (after == allocations.begin()) return false;
-    size_t offset = (char *)p - (--after)->first;
-    return offset <= after->second && bytes <= after->second - offset;
+    if (after == allocations.begin()) return nullptr;
+    size_t offset = (char *)p - (--after)->first, size = after->second.bytes;
+    return offset <= size && bytes <= size - offset ? &after->second : nullptr;
 }
 
-inline void must_be_on(bool device, const char *what, const void *p, size_t bytes) {
-    if (bytes && on_device(p, device ? bytes : 1) != device)
-        die(0, "%s: %p and the %zu bytes from there are %s", what, p, bytes,
+inline void must_be_on(bool device, const char *what, const char *side, const void *p,
+                       size_t bytes) {
+    if (!bytes) return;
+    const Allocation *a = on_device(p, device ? bytes : 1);
+    if (device ? !a : a && a->kind != Allocation::MANAGED)
+        die(0, "%s%s: %p and the %zu bytes from there are %s", what, side, p, bytes,
             device ? "not (all) device memory" : "device memory, not the host's");
 }
 
 // For CUDA_ON_CPU_PROTECT: opens device memory to the program, or closes it.
-inline void open_or_close(const std::pair<char *const, size_t> &a, bool open) {
-    if (!settings.protect) return;
-    if (!CUDA_ON_CPU_ASAN) mprotect(a.first, a.second, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+inline void open_or_close(const std::pair<char *const, Allocation> &a, bool open) {
+    if (!settings.protect || a.second.kind != Allocation::MALLOC) return;
+    size_t bytes = a.second.bytes;
+    if (!CUDA_ON_CPU_ASAN) mprotect(a.first, bytes, open ? PROT_READ | PROT_WRITE : PROT_NONE);
     if (open) {
-        __asan_unpoison_memory_region(a.first, a.second);
+        __asan_unpoison_memory_region(a.first, bytes);
     } else {
-        __asan_poison_memory_region(a.first, a.second);
+        __asan_poison_memory_region(a.first, bytes);
     }
 }
 struct Open { // all device memory is open while this exists
@@ -911,12 +937,12 @@ struct Open { // all device memory is open while this exists
 };
 
 // launches.sed makes of kernel<<<grid, block>>>(arguments):
-// Launch("kernel", grid, block).run(kernel, arguments)
+// Launch("kernel", grid, block).of(kernel)(arguments)
 struct Launch {
     const char *name;
     dim3 grid, block;
     size_t shared;
-    Launch(const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = 0)
+    Launch(const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr)
         : name(name), grid(grid), block(block), shared(shared) {}
 
     static bool sizes_within(dim3 d, unsigned x, unsigned y, unsigned z) { // and none is 0
@@ -941,18 +967,44 @@ struct Launch {
         }
     }
 
-    template <class... T> void run(void (*kernel)(T...), Given<T>... arguments) {
-        if (result(check((const void *)kernel))) return;
-        int i = 0;
-        (check_argument(++i, arguments), ...);
-        auto thread = [&] { kernel(arguments...); }; // by value: each thread has its own
-        auto call = [](void *closure) { (*(decltype(thread) *)closure)(); };
-        running = {name, call, &thread, shared};
-        gridDim = grid;
-        blockDim = block;
-        Open device;
-        run_grid();
+    template <class... T> auto of(void (*kernel)(T...)) {
+        return [this, kernel](T... arguments) {
+            if (result(check((const void *)kernel))) return;
+            [[maybe_unused]] int i = 0;
+            (check_argument(++i, arguments), ...);
+            auto thread = [&] { kernel(arguments...); }; // by value: each thread has its own
+            auto call = [](void *closure) { (*(decltype(thread) *)closure)(); };
+            running = {name, call, &thread, shared};
+            gridDim = grid;
+            blockDim = block;
+            Open device;
+            run_grid();
+        };
     }
+};
+
+inline cudaError_t copy(const char *what, void *to, const void *from, size_t bytes,
+                        cudaMemcpyKind kind) {
+    if (check_device()) return last_error;
+    bool any = kind == cudaMemcpyDefault, within = kind == cudaMemcpyDeviceToDevice;
+    bool to_device = within || kind == cudaMemcpyHostToDevice || (any && on_device(to, 1));
+    bool from_device = within || kind == cudaMemcpyDeviceToHost || (any && on_device(from, 1));
+    must_be_on(to_device, what, " to", to, bytes);
+    must_be_on(from_device, what, " from", from, bytes);
+    Open device;
+    if (bytes) memmove(to, from, bytes);
+    return cudaSuccess;
+}
+
+// Makes a variable with __device__ or __constant__ device memory while this exists. Only then: to
+// host code its name is not an address in device memory.
+struct Symbol {
+    char *p;
+    bool is_new;
+    template <class T> Symbol(T &x) : p((char *)&x) {
+        is_new = allocations.insert({p, {sizeof x, Allocation::VARIABLE}}).second;
+    }
+    ~Symbol() { if (is_new) allocations.erase(p); }
 };
 
 namespace cuda {
@@ -969,42 +1021,63 @@ template <class T> cudaError_t cudaMalloc(T **p, size_t bytes) {
     if (posix_memalign(&memory, page, padded)) return result(cudaErrorMemoryAllocation);
 
     *p = (T *)memset(memory, 0xFF, bytes);
-    open_or_close(*allocations.insert({(char *)memory, bytes}).first, false);
+    auto a = allocations.insert({(char *)memory, {bytes, Allocation::MALLOC}}).first;
+    open_or_close(*a, false);
     allocated += bytes;
+    return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaMallocManaged(T **p, size_t bytes, unsigned = cudaMemAttachGlobal) {
+    if (!bytes) return result(cudaErrorInvalidValue);
+    if (cudaMalloc(p, bytes)) return last_error;
+    auto a = allocations.find((char *)*p);
+    open_or_close(*a, true);
+    a->second.kind = Allocation::MANAGED;
     return cudaSuccess;
 }
 inline cudaError_t cudaFree(void *p) {
     if (!p) return cudaSuccess;
     auto a = allocations.find((char *)p);
-    if (a == allocations.end())
+    if (a == allocations.end() || a->second.kind == Allocation::VARIABLE)
         die(0, "cudaFree: %p did not come from cudaMalloc, or was freed before", p);
-    allocated -= a->second;
+    allocated -= a->second.bytes;
     open_or_close(*a, true);
     free(p);
     allocations.erase(a);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
-    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    must_be_on(to_device, "cudaMemcpy to", to, bytes);
-    must_be_on(from_device, "cudaMemcpy from", from, bytes);
-    Open device;
-    if (bytes) memmove(to, from, bytes);
-    return cudaSuccess;
+    return copy("cudaMemcpy", to, from, bytes, kind);
 }
 inline cudaError_t cudaMemset(void *p, int value, size_t bytes) {
-    must_be_on(true, "cudaMemset", p, bytes);
+    must_be_on(true, "cudaMemset", "", p, bytes);
     Open device;
     if (bytes) memset(p, value, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
-                                   cudaStream_t = 0) {
+                                   cudaStream_t = nullptr) {
     return cudaMemcpy(to, from, bytes, kind);
 }
-inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t = 0) {
+inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t = nullptr) {
     return cudaMemset(p, value, bytes);
+}
+template <class T>
+cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes, size_t offset = 0,
+                               cudaMemcpyKind kind = cudaMemcpyHostToDevice) {
+    Symbol s(symbol);
+    return copy("cudaMemcpyToSymbol", s.p + offset, from, bytes, kind);
+}
+template <class T>
+cudaError_t cudaMemcpyFromSymbol(void *to, const T &symbol, size_t bytes, size_t offset = 0,
+                                 cudaMemcpyKind kind = cudaMemcpyDeviceToHost) {
+    Symbol s(symbol);
+    return copy("cudaMemcpyFromSymbol", to, s.p + offset, bytes, kind);
+}
+template <class T> cudaError_t cudaGetSymbolAddress(void **p, T &symbol) {
+    *p = (void *)&symbol;
+    allocations.insert({(char *)*p, {sizeof symbol, Allocation::VARIABLE}});
+    return check_device();
 }
 template <class T> cudaError_t cudaMallocHost(T **p, size_t bytes) {
     *p = (T *)malloc(bytes);
@@ -1028,9 +1101,13 @@ inline cudaError_t cudaSetDevice(int i) {
     if (check_device()) return last_error;
     return result(i < 0 || i >= settings.devices ? cudaErrorInvalidValue : cudaSuccess);
 }
+inline cudaError_t cudaGetDevice(int *i) {
+    *i = 0;
+    return check_device();
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i) {
-    *p = {"CPU emulation", settings.memory, (size_t)shared_max(), settings.capability / 10,
-          settings.capability % 10, 8};
+    *p = {"CPU emulation", settings.memory, SHARED_DEFAULT, (size_t)shared_max(), MAX_THREADS, WARP,
+          settings.capability / 10, settings.capability % 10, 8};
     return cudaSetDevice(i);
 }
 inline cudaError_t cudaDeviceSynchronize() { return check_device(); }
@@ -1059,6 +1136,15 @@ inline const char *cudaGetErrorString(cudaError_t e) {
     return "unrecognized error code";
 }
 
+inline cudaError_t cudaStreamCreate(cudaStream_t *s) {
+    *s = new CUstream_st();
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    delete s;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return check_device(); }
 inline cudaError_t cudaEventCreate(cudaEvent_t *e) {
     *e = new double();
     return cudaSuccess;
@@ -1067,7 +1153,7 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
     delete e;
     return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = 0) {
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     *e = t.tv_sec + 1e-9 * t.tv_nsec;

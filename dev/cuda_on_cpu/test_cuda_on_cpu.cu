@@ -1,7 +1,8 @@
 /*
 Test of dev/cuda_on_cpu/cuda_on_cpu.h. test_cuda_on_cpu.sh builds it in several ways and runs it in
 each order. Without arguments it checks what kernels compute and prints a line for each check. With
-a number it makes the mistake of that number, or does what test_cuda_on_cpu.sh looks at: 26, 27, 30.
+a number it makes the mistake of that number, or does what test_cuda_on_cpu.sh looks at (26, 27, 30,
+38).
 */
 #include "dev/cuda_on_cpu/cuda_on_cpu.h"
 
@@ -346,7 +347,28 @@ static void numbers() {
     ok = __popc(0xF0F0) == 8 && __ffs(8) == 4 && __ffs(0) == 0 && __clz(1) == 31 && __clz(0) == 32;
     ok &= min(2, 3) == 2 && max(2.0f, NAN) == 2 && min(NAN, 2.0f) == 2;
     ok &= rsqrtf(4.0f) == 0.5f && __float_as_int(-0.0f) == INT32_MIN && __fmaf_rn(2, 3, 4) == 10;
-    check(ok, "functions of numbers");
+    ok &= __powf(3, 2) == 9 && __sinf(0) == 0 && __cosf(0) == 1;
+    float x = 3;
+    __stcs(&x, 2 * __ldcs(&x));
+    check(ok && x == 6, "functions of numbers");
+}
+
+static void vectors() {
+    auto is = [](size_t size, size_t align, size_t right_size, size_t right_align) {
+        return size == right_size && align == right_align;
+    };
+#define IS(T, size, align) is(sizeof(T), alignof(T), size, align)
+    bool ok = IS(char2, 2, 2) && IS(uchar3, 3, 1) && IS(uchar4, 4, 4);
+    ok &= IS(short2, 4, 4) && IS(ushort3, 6, 2) && IS(short4, 8, 8);
+    ok &= IS(int2, 8, 8) && IS(int3, 12, 4) && IS(uint3, 12, 4) && IS(uint4, 16, 16);
+    ok &= IS(float2, 8, 8) && IS(float3, 12, 4) && IS(float4, 16, 16);
+    ok &= IS(double2, 16, 16) && IS(double3, 24, 8) && IS(double4, 32, 16);
+    ok &= IS(longlong2, 16, 16) && IS(ulonglong3, 24, 8) && IS(ulonglong4, 32, 16);
+#undef IS
+    float3 f = make_float3(1, 2, 3);
+    uchar4 u = make_uchar4(1, 2, 3, 255);
+    ok &= f.x == 1 && f.y == 2 && f.z == 3 && u.x == 1 && u.w == 255 && make_char2(1, -1).y == -1;
+    check(ok && make_int3(1, 2, 3).z == 3 && make_double2(1, 2).y == 2, "vectors");
 }
 
 __global__ void sums(int *i, unsigned *u, unsigned long long *ull, float *f, double *d) {
@@ -359,6 +381,17 @@ __global__ void sums(int *i, unsigned *u, unsigned long long *ull, float *f, dou
     atomicMax(&i[1], n);
     atomicMin(&i[2], -n);
     if (atomicCAS(&i[3], 0, 1 + n) == 0) atomicExch(&i[4], 1 + n);
+}
+
+__global__ void more_atomics(unsigned *u) {
+    int t = threadIdx.x;
+    atomicSub(&u[0], 3);
+    atomicAnd(&u[1], ~(1u << t % 16));
+    atomicOr(&u[2], 1u << t % 16);
+    atomicXor(&u[3], 1u << t % 16);
+    atomicInc(&u[4], 9);
+    atomicDec(&u[5], 9);
+    atomicDec(&u[6], 500);
 }
 
 static void atomics() {
@@ -374,6 +407,57 @@ static void atomics() {
     ok &= u.read()[0] == 200000 && ull.read()[0] == 300000ull << 32;
     ok &= f.read()[0] == 50000 && d.read()[0] == 25000;
     check(ok, "atomics across blocks");
+
+    unsigned start[7] = {1000, 0xFFFFFFFF, 0x10000, 0xF0F0F, 0, 0, 1000};
+    Device<unsigned> m(7, start);
+    more_atomics<<<3, 16>>>(m.p); // 48 threads. 0 to 9 have a period of 10
+    check(m.read() == std::vector<unsigned>{856, 0xFFFF0000, 0x1FFFF, 0xFF0F0, 8, 2, 453},
+          "atomicSub, And, Or, Xor, Inc, Dec");
+}
+
+// -------------------------------------------------------------------------------------------------
+// Variables with __constant__ and __device__
+
+__constant__ float table[64];
+__constant__ int rows;
+static __device__ int counter = 5;
+__device__ float3 place;
+
+__global__ void use_variables() {
+    if ((int)threadIdx.x < rows) atomicAdd(&counter, (int)table[threadIdx.x]);
+    if (threadIdx.x == 0) place = make_float3(table[1], table[2], rows);
+}
+__global__ void use_address(int *p) { *p += 1; }
+
+static void variables() {
+    float values[64], back[2];
+    float3 at;
+    int count, n = 60, zero = 0, *p, *q;
+    for (int i = 0; i < 64; i++) values[i] = 2 * i;
+    bool ok = cudaMemcpyToSymbol(table, values, sizeof values) == cudaSuccess;
+    ok &= cudaMemcpyToSymbol(rows, &n, sizeof n) == cudaSuccess;
+    cudaMemcpyToSymbol(table, values + 10, 8, 4); // table[1] is 20, table[2] is 22
+    use_variables<<<1, 64>>>();
+    ok &= cudaMemcpyFromSymbol(&count, counter, sizeof count) == cudaSuccess;
+    ok &= count == 5 + 60 * 59 + 20 + 22 - 2 - 4;
+    cudaMemcpyFromSymbol(&at, place, sizeof at);
+    cudaMemcpyFromSymbol(back, table, 8, 62 * sizeof(float));
+    ok &= at.x == 20 && at.y == 22 && at.z == 60 && back[0] == 124 && back[1] == 126;
+    check(ok, "__constant__ and __device__ variables");
+
+    ok = cudaGetSymbolAddress((void **)&p, counter) == cudaSuccess;
+    use_address<<<1, 1>>>(p);
+    cudaMemcpy(&n, p, sizeof n, cudaMemcpyDeviceToHost);
+    ok &= n == count + 1;
+    cudaMemcpy(p, &zero, sizeof zero, cudaMemcpyHostToDevice);
+    cudaMalloc(&q, sizeof n);
+    cudaMemcpyFromSymbol(q, counter, sizeof n, 0, cudaMemcpyDeviceToDevice);
+    use_address<<<1, 1>>>(q);
+    cudaMemcpyToSymbol(counter, q, sizeof n, 0, cudaMemcpyDeviceToDevice);
+    use_address<<<1, 1>>>(p);
+    cudaMemcpyFromSymbol(&n, counter, sizeof n, 0, cudaMemcpyDefault);
+    cudaFree(q);
+    check(ok && n == 2, "addresses of variables");
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -416,6 +500,70 @@ static void launches() {
     touch<<<1, 1, 1>>>(NULL);
 }
 
+// Everything that a launch may look like
+namespace named {
+__device__ int blocks, threads;
+__global__ void count() {
+    atomicAdd(&threads, 1);
+    if (threadIdx.x == 0) atomicAdd(&blocks, 1);
+}
+template <int A, int B> __global__ void set(int *p) { *p = A + B; }
+} // namespace named
+__global__ void triple(int *p) { *p *= 3; }
+
+static void syntax() {
+    Device<int> x(1);
+    cudaStream_t stream;
+    int n = 64, blocks, threads;
+    cudaStreamCreate(&stream);
+    named::count<<<1, n>>>();
+    named::count<<<dim3(2, 3), n >> 1, n > 9 ? 8 : 0, stream>>>(); named::count<<<n>>5, 1>>> ();
+    if (x.n < 2) named::set<4, 3><<<1, 1>>>(x.p); else triple<<<1, 1>>>(x.p);
+    triple<<<1, 1>>>(x.p); triple<<<x.n > 1 ? 2 : 1, x.n, 0, stream>>>(
+        x.p);
+    bool ok = cudaStreamSynchronize(stream) == cudaSuccess;
+    ok &= cudaStreamDestroy(stream) == cudaSuccess;
+    cudaMemcpyFromSymbol(&blocks, named::blocks, sizeof blocks);
+    cudaMemcpyFromSymbol(&threads, named::threads, sizeof threads);
+    ok &= blocks == 1 + 6 + 2 && threads == 64 + 6 * 32 + 2;
+    check(ok && x.read()[0] == 7 * 9, "launches: two in a line, without arguments, streams");
+}
+
+__global__ void add_one(float *p) { p[threadIdx.x]++; }
+
+static void managed() { // with CUDA_ON_CPU_PROTECT too
+    const size_t bytes = 64 * sizeof(float);
+    float *m, *p, *none = nullptr, host[64], back[64];
+    bool ok = cudaMallocManaged(&m, bytes) == cudaSuccess && __float_as_uint(m[63]) == ~0u;
+    ok &= cudaMallocManaged(&none, 0) == cudaErrorInvalidValue;
+    ok &= cudaMallocManaged(&none, 1ull << 60) == cudaErrorMemoryAllocation && !none;
+    ok &= cudaGetLastError() == cudaErrorMemoryAllocation;
+    cudaMalloc(&p, bytes);
+    for (int i = 0; i < 64; i++) m[i] = i;
+    add_one<<<1, 64>>>(m);
+    ok &= m[0] == 1 && m[63] == 64;
+
+    // It is device memory and host memory.
+    cudaMemcpy(p, m, bytes, cudaMemcpyHostToDevice);
+    add_one<<<1, 64>>>(p);
+    cudaMemcpy(m, p, bytes, cudaMemcpyDeviceToHost);
+    cudaMemset(m + 32, 0, 32 * sizeof(float));
+    cudaMemcpy(p, m, bytes, cudaMemcpyDeviceToDevice);
+    cudaMemcpy(host, p, bytes, cudaMemcpyDeviceToHost);
+    ok &= host[0] == 2 && host[31] == 33 && host[32] == 0 && host[63] == 0;
+    check(ok, "managed memory");
+
+    host[63] = 9;
+    ok = cudaMemcpy(p, host, bytes, cudaMemcpyDefault) == cudaSuccess;
+    cudaMemcpy(m, p, bytes, cudaMemcpyDefault);
+    m[62] = 8;
+    cudaMemcpy(p, m, bytes, cudaMemcpyDefault);
+    cudaMemcpy(back, p, bytes, cudaMemcpyDefault);
+    cudaMemcpy(host, back, bytes, cudaMemcpyDefault);
+    ok &= host[0] == 2 && host[62] == 8 && host[63] == 9;
+    check(ok && !cudaFree(m) && !cudaFree(p), "cudaMemcpyDefault");
+}
+
 static void memory() {
     size_t free0, free1, total;
     cudaMemGetInfo(&free0, &total);
@@ -444,11 +592,14 @@ static void device() {
     cudaDeviceProp prop;
     cudaEvent_t a, b;
     float ms = -1;
-    int count;
+    int count, current = -1;
     bool ok = cudaGetDeviceCount(&count) == cudaSuccess && count == 1;
+    ok &= cudaGetDevice(&current) == cudaSuccess && current == 0;
     ok &= cudaSetDevice(0) == cudaSuccess && cudaSetDevice(1) == cudaErrorInvalidValue;
     ok &= cudaGetLastError() == cudaErrorInvalidValue;
     ok &= cudaGetDeviceProperties(&prop, 0) == cudaSuccess && prop.major == 8 && prop.minor == 0;
+    ok &= prop.sharedMemPerBlock == 48 << 10 && prop.sharedMemPerBlockOptin == 163 << 10;
+    ok &= prop.maxThreadsPerBlock == 1024 && prop.warpSize == 32 && prop.multiProcessorCount == 8;
     cudaEventCreate(&a);
     cudaEventCreate(&b);
     cudaEventRecord(a);
@@ -515,8 +666,12 @@ static void check_all() {
     tensor_cores();
     copies();
     numbers();
+    vectors();
     atomics();
+    variables();
     launches();
+    syntax();
+    managed();
     memory();
     device();
 }
@@ -541,6 +696,17 @@ int main(int argc, char **argv) {
     if (which == 25) p[3] = 1;
     if (which == 26) return !reverse_is_right<true, true>();
     if (which == 27) print_arrivals();
+    if (which == 31) cudaMemcpyToSymbol(table, host, sizeof host, 4);
+    if (which == 32) cudaMemcpyFromSymbol(host, rows, 8);
+    if (which == 33) cudaMemcpyToSymbol(rows, host, 4, 0, cudaMemcpyDeviceToHost);
+    if (which == 34 && !cudaMemcpyToSymbol(table, host, 4)) add_one<<<1, 1>>>(table);
+    if (which == 35 && !cudaGetSymbolAddress((void **)&p, table)) cudaFree(p);
+    if (which == 36) cudaMemcpy(p + 1, host, sizeof host, cudaMemcpyDefault);
+    if (which == 37) cudaMemcpy(host, p + 1, sizeof host, cudaMemcpyDefault);
+    if (which == 38) {
+        cudaGetLastError();
+        e = cudaMemcpyToSymbol(table, host, 4);
+    }
     if (!e) e = cudaGetLastError();
     puts(cudaGetErrorString(e));
     cudaFree(p);

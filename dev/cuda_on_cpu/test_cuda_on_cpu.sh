@@ -121,6 +121,13 @@ says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 21
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 22
 says 1 "cudaMemcpy to: .* device memory, not the host's" $dir/test 23
 says 1 "cudaFree: 0x.* did not come from cudaMalloc" $dir/test 24
+says 1 "cudaMemcpyToSymbol to: .* 256 bytes .* not \(all\) device memory" $dir/test 31
+says 1 "cudaMemcpyFromSymbol from: .* 8 bytes .* not \(all\) device memory" $dir/test 32
+says 1 "cudaMemcpyToSymbol to: .* device memory, not the host's" $dir/test 33
+says 1 "kernel add_one: argument 1, 0x.*, is not device memory" $dir/test 34
+says 1 "cudaFree: 0x.* did not come from cudaMalloc" $dir/test 35
+says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 36
+says 1 "cudaMemcpy from: .* not \(all\) device memory" $dir/test 37
 says 1 "ERROR: AddressSanitizer: heap-buffer-overflow" $dir/asan 8
 says 1 "test_cuda_on_cpu.cu:$(line 'which == 8')" $dir/asan 8
 says 1 "test_cuda_on_cpu.cu:$(line 'which == 9')" $dir/asan 9
@@ -133,6 +140,7 @@ checks $dir/test
 checks $dir/asan
 unset CUDA_ON_CPU_PROTECT
 CUDA_ON_CPU_DEVICES=0 says 0 "no CUDA-capable device" $dir/test 30
+CUDA_ON_CPU_DEVICES=0 says 0 "no CUDA-capable device" $dir/test 38
 CUDA_ON_CPU_DEVICES=-1 says 0 "driver version is insufficient" $dir/test 30
 CUDA_ON_CPU_CAPABILITY=70 says 0 "no kernel image" $dir/test 19
 CUDA_ON_CPU_MEMORY=300 says 0 "out of memory" $dir/test 30

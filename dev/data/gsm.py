@@ -12,6 +12,7 @@ calculator does not need them.
 """
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -27,9 +28,18 @@ except ImportError:
     sys.exit("gsm.py: needs Hugging Face's tokenizers: pip install tokenizers")
 
 EOT, SEP = tinystories.EOT, "<|sep|>"
-SPECIAL = re.compile(r"<\|[^|]+\|>")  # a special token; no text may hold it
+SPECIAL = re.compile(r"<\|[^|]+\|>")  # in text, what may be a special token
 ANNOTATION = re.compile(r"<<[^<>]*>>")
-SPACE = " \t\n\v\f\r"               # as C's isspace()
+SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str  # GPT-2's
+
+
+def is_special(text):
+    """
+    Whether a token with this text is special: pre-tokenization would cut <|...|>, so no merge has
+    made it. But a tokenizer may have learned <|=|>, which is one piece.
+    """
+    form = len(text) > 4 and text.startswith("<|") and text.endswith("|>")
+    return form and len(SPLIT(text)) > 1
 
 
 def clean(item, key, where):
@@ -38,13 +48,13 @@ def clean(item, key, where):
     not such a text.
     """
     text = item.get(key)
-    text = ANNOTATION.sub("", text).strip(SPACE) if isinstance(text, str) else ""
+    text = ANNOTATION.sub("", text).strip(tinystories.SPACE) if isinstance(text, str) else ""
     if not text:
         raise ValueError(f'{where}: no text in "{key}"')
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f'{where}: half a character, \\ud800 to \\udfff, in "{key}"')
-    if special := SPECIAL.search(text):
-        raise ValueError(f'{where}: {special[0]} in "{key}", where it would not be taken for text')
+    if special := next(filter(is_special, SPECIAL.findall(text)), None):
+        raise ValueError(f'{where}: {special} in "{key}", where it would not be taken for text')
     return text
 
 
@@ -104,17 +114,21 @@ def train_tokenizer(path, vocab):
 
 def make_encoder(tokens, eot):
     """
-    Returns the function text -> ids of dev/tokenizer/tokenizer.h, for text without special tokens.
-    It raises ValueError for a byte that has no token.
+    Returns the function text -> ids of dev/tokenizer/tokenizer.h. It raises ValueError for a byte
+    that has no token.
 
     In each piece of GPT-2's pre-tokenization it merges the neighbours that together are the token
     of the lowest id, until no two neighbours are a token.
     """
-    ids = {}
+    ids, special = {}, {}
     for i, token in enumerate(tokens):
-        if i != eot and not SPECIAL.fullmatch(token.decode("latin-1")):
+        text = token.decode(errors="replace")
+        if i == eot or is_special(text):
+            special.setdefault(text, i)
+        else:
             ids.setdefault(token, i)
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    any_special = "|".join(map(re.escape, filter(None, special)))
+    cut = re.compile(f"({any_special or '(?!)'})")  # (?!) never matches
 
     @functools.lru_cache(1 << 16)
     def encode_piece(piece):
@@ -136,7 +150,14 @@ def make_encoder(tokens, eot):
         return [ids[part] for part in parts]
 
     def encode(text):
-        return [i for _, (begin, end) in split(text) for i in encode_piece(text[begin:end])]
+        found = []
+        for part in cut.split(text):
+            if part in special:
+                found.append(special[part])
+            else:
+                pieces = (part[begin:end] for _, (begin, end) in SPLIT(part))
+                found += itertools.chain.from_iterable(map(encode_piece, pieces))
+        return found
 
     return encode
 

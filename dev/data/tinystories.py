@@ -23,6 +23,7 @@ except ImportError:
     sys.exit("tinystories.py: needs Hugging Face's tokenizers: pip install tokenizers")
 
 EOT = "<|endoftext|>"
+SPACE = " \t\n\v\f\r"       # as C's isspace()
 MAX_VOCAB = 65535           # a token is a uint16, and MASK has the id after the last token
 TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -42,8 +43,9 @@ def progress(text):
 
 def stories(path):
     """
-    Yields the stories of a UTF-8 text file, stripped, without the empty ones. All line ends become
-    \\n. Raises ValueError if the file is not UTF-8.
+    Yields the stories of a UTF-8 text file, without SPACE around them and without the empty ones.
+    All line ends become \\n, and a byte order mark is dropped, as in `loopmdm tokenize`. Raises
+    ValueError if the file is not UTF-8.
     """
     parts = []
     try:
@@ -52,7 +54,7 @@ def stories(path):
                 head, *tails = line.split(EOT)
                 parts.append(head)
                 for tail in tails:
-                    story = "".join(parts).strip()
+                    story = "".join(parts).strip(SPACE)
                     parts = [tail]
                     if story:
                         yield story

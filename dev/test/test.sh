@@ -33,6 +33,38 @@ compilers() {
     counted
 }
 
+# -Ofast and the like make results wrong, so they must not compile. Without OpenMP make says so.
+refused() {
+    local ok=0 bad=0 options
+    for options in -Ofast "-O2 -ffast-math" "-O2 -ffinite-math-only" \
+        "-O2 -funsafe-math-optimizations"; do
+        # clang does not tell a program of this one
+        [[ $options == *unsafe* && $($CC --version) == *clang* ]] && continue
+        ! $CC -std=c11 $options $ARCH loopmdm.c -o build/test/fast -lm 2>build/test/fast.log &&
+            grep -q 'compile loopmdm without -Ofast and -ffast-math' build/test/fast.log
+        check "$options: refused with a sentence" $?
+    done
+    make -n OPENMP= | grep -q 'Built without OpenMP: loopmdm uses one thread'
+    check "make OPENMP= says that there is one thread" $?
+    counted
+}
+
+# bench.py builds what it needs, in a copy of the files in which nothing was built.
+bench() {
+    local ok=0 bad=0 folder here=$PWD
+    folder=$(mktemp -d)
+    cp -r Makefile loopmdm.c train_gpt2style.py dev "$folder"
+    cd "$folder" || return
+    "$here/$python" dev/bench/bench.py train sample --model d2 --vocab 64 --batch 2 --steps 1 \
+        --turns 1 --loops 1 --csv bench.csv >bench.log 2>&1
+    check "bench.py in a fresh clone" $? || tail -n 3 bench.log
+    [ "$(grep -c tokens/s bench.csv)" -eq 3 ]
+    check "bench.py: a training step and two samplers" $?
+    cd - >/dev/null
+    rm -rf "$folder"
+    counted
+}
+
 # loopmdm.c in an empty folder: it compiles as C and C++, trains, evaluates and samples token ids.
 alone() {
     local ok=0 bad=0 folder language said
@@ -123,6 +155,8 @@ start without_openmp build_and_run plain "-O3 $ARCH"
 start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start alone alone
+start refused refused
+start bench bench
 start threads env -u OMP_NUM_THREADS build/test_loopmdm ./loopmdm "${small[@]}"
 start style python3 dev/test/style.py
 finish

@@ -1,6 +1,6 @@
 """
 The checks of loopmdm that need Python: the tokenizer against Hugging Face's, word problems and
-gsm.py, Sudoku, the reference files, and train_gpt2style.py and ./loopmdm side by side.
+gsm.py, Sudoku, the reference files, terminals, and train_gpt2style.py and ./loopmdm side by side.
 
 `make test` runs it in the root of the repository. TINYSTORIES=FILE uses that text, not the
 generated stories. If gpt2_vocab.json and gpt2_merges.txt lie beside it, GPT-2's vocabulary is
@@ -8,16 +8,22 @@ checked too. The last line is "N passed, N failed".
 """
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import pty
+import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import replace
 
 import numpy as np
+import pyte
 import torch
 from tokenizers import Tokenizer
 
@@ -136,6 +142,7 @@ def check_tokenizer(text, name, *options):
     path = os.path.join(folder, "characters.txt")
     with open(path, "w", encoding="utf-8", newline="") as f:
         f.write(EOT.join(texts))
+    texts = [t.replace("\r", "\n") for t in texts]  # all line ends become \n
     want = [[theirs.token_to_id(EOT), *theirs.encode(t).ids] for t in texts]
     check(f"{name}: every character", encode_file(path).tolist() != sum(want, []))
 
@@ -145,6 +152,52 @@ def check_tokenizer(text, name, *options):
     check(f"{name}: an output that is the input: one line, and the file stays",
           wrong or file_bytes(val) != before)
     return folder
+
+
+def check_learned_signs():
+    """
+    A tokenizer may learn <|||> and <|=|> from text. Then they are no special tokens: loopmdm and
+    gsm.py encode as Hugging Face does.
+    """
+    folder, draw = os.path.join(OUT, "signs"), random.Random(1)
+    os.makedirs(folder)
+    path, shard_path = os.path.join(folder, "text.txt"), os.path.join(folder, "text.bin")
+    with open(path, "w") as f:
+        f.write(EOT.join(f"x<|||>y<|=|>z <|=|> <|||>{'|' * (i % 5)}>" for i in range(500)))
+    run(PYTHON, "dev/data/tinystories.py", "--input", path, "--vocab", "270", "--out", folder)
+    tokenizer = os.path.join(folder, "tokenizer.bin")
+    tokens, eot = gsm.read_tokenizer_bin(tokenizer)
+    check("signs: <|||> and <|=|> are learned", not {b"<|||>", b"<|=|>"} <= set(tokens))
+
+    parts = ["<|", "|>", "|||", "<|||>", "<|=|>", "=", " ", "a", "<", ">"]
+    texts = ["x" + "".join(draw.choices(parts, k=draw.randint(1, 9))) + "z" for _ in range(300)]
+    theirs = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    want = [theirs.encode(text).ids for text in texts]
+    encode = gsm.make_encoder(tokens, eot)
+    check("signs: gsm.py's encoder, texts that differ",
+          sum(encode(text) != ids for text, ids in zip(texts, want)))
+    with open(path, "w") as f:
+        f.write(EOT.join(texts))
+    run_loopmdm("tokenize", "--tokenizer", tokenizer, "--input", path, "--output", shard_path)
+    check("signs: loopmdm's encoder",
+          shard(shard_path).tolist() != sum(([eot, *ids] for ids in want), []))
+
+
+def check_text_files(folder):
+    """loopmdm tokenize and tinystories.py make the same tokens of texts from anywhere."""
+    stories = ["\ufeffa byte order mark", "Windows\r\nlines\r\n\r\n", "old\rMac\r", "\r\r\n",
+               "\u2003em space around\u2003", "\u00a0\u0085 more of it \u3000", "\x1cunits\x1f",
+               " \t\n\v\f\r", "\u200b", "a \ufeff inside\r"]
+    path = os.path.join(folder, "lines.txt")
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        f.write(EOT.join(stories))
+    mine, theirs = (os.path.join(folder, name) for name in ("lines.bin", "lines_too.bin"))
+    run_loopmdm("tokenize", "--tokenizer", os.path.join(folder, "tokenizer.bin"), "--input", path,
+                "--output", mine)
+    tinystories.encode_shard(theirs, Tokenizer.from_file(os.path.join(folder, "tokenizer.json")),
+                             tinystories.stories(path))
+    check("texts from Windows, Unicode space: tokenize and tinystories.py",
+          file_bytes(mine) != file_bytes(theirs))
 
 
 # ---- Word problems and stories -------------------------------------------------------------------
@@ -753,6 +806,93 @@ def check_eval_and_sample(folder, data, val):
     check("PyTorch notices that state.bin is damaged", "is damaged" not in str(said))
 
 
+# ---- Terminals -----------------------------------------------------------------------------------
+
+
+def on_terminal(columns, lines, *command):
+    """What a command writes to a terminal of this size."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL)
+    os.close(slave)
+    written = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
+        while part := os.read(master, 65536):
+            written += part
+    os.close(master)
+    process.wait()
+    return written
+
+
+def screen_after(columns, lines, written):
+    """The lines of a terminal that has received these bytes."""
+    screen = pyte.Screen(columns, lines)
+    pyte.ByteStream(screen).feed(written)
+    return screen.display
+
+
+def check_watch():
+    """
+    --watch draws over its last drawing, whatever the text and the width: at the end a terminal
+    shows what it would show without --watch.
+    """
+    folder = os.path.join(OUT, "watch")
+    os.makedirs(folder)
+    path, run_folder = os.path.join(folder, "data.bin"), os.path.join(folder, "run")
+    words = ["\t", " ", "\n", "中", "文字", "😀", "é", "e\u0301", "❤\ufe0f", "word", " two words", EOT]
+    tokens = [word.encode() for word in words[:-1]] + [b"\xff", EOT.encode()]
+    tokenizer = os.path.join(folder, "tokenizer.bin")
+    tinystories.write_tokenizer_bin(tokenizer, tokens, len(tokens) - 1)
+    draw = random.Random(1)
+    tinystories.write_shard(path, [[draw.randrange(len(tokens) - 1) for _ in range(2000)]])
+    run_loopmdm("train", "--data", path, "--tokenizer", tokenizer, "--model", "d2", "--seq-len",
+                "48", "--steps", "100", "--out", run_folder)
+    sample = ["./loopmdm", "sample", "--model", run_folder, "--steps", "3", "--seed"]
+    for columns, lines in ((80, 24), (20, 30), (20, 4), (8, 50), (2, 120), (1, 9)):
+        wrong = 0
+        for seed in "12":
+            want = screen_after(columns, lines, on_terminal(columns, lines, *sample, seed))
+            for more in ["--watch"], ["--watch", "--show-loops"]:
+                written = on_terminal(columns, lines, *sample, seed, *more)
+                wrong += screen_after(columns, lines, written) != want
+        check(f"--watch leaves nothing behind on {columns} x {lines}", wrong)
+
+
+def check_closed_terminal():
+    """A terminal that is closed during training: SIGHUP, and no more output. It saves."""
+    folder = os.path.join(OUT, "closed")
+    train = ["./loopmdm", "train", "--data", os.path.join(OUT, "watch", "data.bin"), "--vocab",
+             "12", "--model", "d2", "--steps", "100000", "--val-every", "1", "--val-rows", "1",
+             "--val-data", os.path.join(OUT, "watch", "data.bin"), "--out", folder]
+    child, master = pty.fork()
+    if child == 0:
+        os.execv(train[0], train)
+    while b"step 1/" not in os.read(master, 65536):
+        pass
+    os.close(master)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    check("a closed terminal: exit status 129, from SIGHUP", status != 129)
+    check("a closed terminal: the checkpoint is there",
+          not os.path.exists(os.path.join(folder, "state.bin")))
+
+
+def check_waiting_threads():
+    """loopmdm sees to it that its threads do not spin, unless the user has chosen."""
+    folder = os.path.join(OUT, "spinning")
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    for chosen, want in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        command = ["./loopmdm", "train", "--data", os.path.join(OUT, "watch", "data.bin"),
+                   "--vocab", "12", "--model", "d2", "--steps", "1000000", "--out", folder]
+        process = subprocess.Popen(command, env=clean | chosen, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        with open(f"/proc/{process.pid}/environ") as f:
+            found = f"GOMP_SPINCOUNT={want}" in f.read().split("\0")
+        process.kill()
+        process.communicate()
+        check(f"threads that wait: GOMP_SPINCOUNT={want}", not found)
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     os.makedirs(OUT)
@@ -763,6 +903,11 @@ def main():
     if all(map(os.path.exists, beside)):
         check_tokenizer(text, "gpt2", "--vocab", "gpt2", "--gpt2-vocab", beside[0],
                         "--gpt2-merges", beside[1])
+    check_learned_signs()
+    check_text_files(data)
+    check_watch()
+    check_closed_terminal()
+    check_waiting_threads()
     check_templates()
     check_arithmetic()
     check_gsm()

@@ -24,85 +24,6 @@ typedef struct {
     int num_special;             // of the form <|...|>
 } Tokenizer;
 
-static uint32_t hash_bytes(const unsigned char *s, int n) { // FNV-1a
-    uint32_t h = 2166136261u;
-    for (int i = 0; i < n; i++) h = (h ^ s[i]) * 16777619u;
-    return h;
-}
-
-// The token with these bytes, or -1.
-static int tokenizer_find(const Tokenizer *t, const unsigned char *s, int n) {
-    if (n > t->longest) return -1;
-    for (uint32_t i = hash_bytes(s, n);; i++) {
-        int id = t->table[i & (t->table_size - 1)];
-        if (id < 0 || (t->length[id] == n && !memcmp(t->bytes[id], s, n))) return id;
-    }
-}
-
-static int is_special(const Tokenizer *t, int id) {
-    int n = t->length[id];
-    const unsigned char *s = t->bytes[id];
-    return id == t->eot || (n > 4 && !memcmp(s, "<|", 2) && !memcmp(s + n - 2, "|>", 2));
-}
-
-// Adds a token, whose bytes are known, to the special ones or to the hash table.
-static void tokenizer_add(Tokenizer *t, int id, const char *path) {
-    t->longest = max_int(t->longest, t->length[id]);
-    if (is_special(t, id)) { // text never merges into it, so the table does not have it
-        if (!t->length[id]) return;
-        if (t->num_special == MOST_SPECIAL)
-            die(FAILED, "%s has more than %d tokens of the form <|...|>", path, MOST_SPECIAL);
-        t->special[t->num_special++] = id;
-        return;
-    }
-    if (tokenizer_find(t, t->bytes[id], t->length[id]) >= 0) return;
-    uint32_t i = hash_bytes(t->bytes[id], t->length[id]) & (t->table_size - 1);
-    while (t->table[i] >= 0) i = (i + 1) & (t->table_size - 1);
-    t->table[i] = id;
-}
-
-static Tokenizer tokenizer_open(const char *path) {
-    size_t size, at = HEADER_INTS * 4;
-    const int *header = map_file(path, TOKENIZER_MAGIC, 0, "tokenizer", &size), version = header[1];
-    if (version < 1 || version > 2)
-        die(FAILED, "%s is a tokenizer of version %d; this program reads 1 and 2", path, version);
-    const unsigned char *file = (const unsigned char *)header;
-    Tokenizer t;
-    memset(&t, 0, sizeof t);
-    t.file = file;
-    t.file_size = size;
-    t.vocab_size = header[2];
-    t.eot = version == 1 ? 50256 : header[3]; // version 1 is always GPT-2's
-    if (t.vocab_size < 1 || t.vocab_size > 65535)
-        die(FAILED, "%s is damaged: a vocabulary of %u tokens", path, (unsigned)t.vocab_size);
-    if (t.eot < 0 || t.eot >= t.vocab_size)
-        die(FAILED, "%s is damaged: its end-of-text token %d is not in its vocabulary", path,
-            t.eot);
-
-    t.table_size = 4;
-    while (t.table_size < 4 * t.vocab_size) t.table_size *= 2;
-    t.bytes = (const unsigned char **)allocate(t.vocab_size, sizeof *t.bytes, "the tokenizer");
-    t.length = (int *)allocate(t.vocab_size, sizeof *t.length, "the tokenizer");
-    t.table = (int *)allocate(t.table_size, sizeof *t.table, "the tokenizer");
-    for (int i = 0; i < t.table_size; i++) t.table[i] = -1;
-
-    for (int id = 0; id < t.vocab_size; id++) {
-        if (at >= size || at + 1 + file[at] > size)
-            die(FAILED, "%s is damaged: it ends at token %d of %d", path, id, t.vocab_size);
-        t.length[id] = file[at];
-        t.bytes[id] = file + at + 1;
-        at += 1 + file[at];
-        tokenizer_add(&t, id, path);
-    }
-    if (at != size)
-        die(FAILED, "%s is damaged: %zu bytes follow its last token", path, size - at);
-    for (int b = 0; b < 256; b++) {
-        unsigned char byte = (unsigned char)b;
-        t.byte_id[b] = tokenizer_find(&t, &byte, 1);
-    }
-    return t;
-}
-
 // ---- pre-tokenization: text is cut into pieces, and no token reaches across two of them ----
 
 enum { LETTER, NUMBER, SPACE, OTHER };
@@ -172,6 +93,90 @@ static int piece_length(const unsigned char *s, int n) {
     for (at = 0; at < n && character_class(s + at, n - at, &length) == SPACE; at += length)
         last = at;
     return at == n || last == 0 ? at : last;
+}
+
+// ---- the vocabulary ----
+
+static uint32_t hash_bytes(const unsigned char *s, int n) { // FNV-1a
+    uint32_t h = 2166136261u;
+    for (int i = 0; i < n; i++) h = (h ^ s[i]) * 16777619u;
+    return h;
+}
+
+// The token with these bytes, or -1.
+static int tokenizer_find(const Tokenizer *t, const unsigned char *s, int n) {
+    if (n > t->longest) return -1;
+    for (uint32_t i = hash_bytes(s, n);; i++) {
+        int id = t->table[i & (t->table_size - 1)];
+        if (id < 0 || (t->length[id] == n && !memcmp(t->bytes[id], s, n))) return id;
+    }
+}
+
+// Special tokens are end-of-text, and those of the form <|...|> that pre-tokenization would cut: no
+// merge has made them. A tokenizer may well have learned <|=|>, which is three signs in one piece.
+static int is_special(const Tokenizer *t, int id) {
+    int n = t->length[id];
+    const unsigned char *s = t->bytes[id];
+    if (id == t->eot) return 1;
+    return n > 4 && !memcmp(s, "<|", 2) && !memcmp(s + n - 2, "|>", 2) && piece_length(s, n) < n;
+}
+
+// Adds a token, whose bytes are known, to the special ones or to the hash table.
+static void tokenizer_add(Tokenizer *t, int id, const char *path) {
+    t->longest = max_int(t->longest, t->length[id]);
+    if (is_special(t, id)) { // text never merges into it, so the table does not have it
+        if (!t->length[id]) return;
+        if (t->num_special == MOST_SPECIAL)
+            die(FAILED, "%s has more than %d tokens of the form <|...|>", path, MOST_SPECIAL);
+        t->special[t->num_special++] = id;
+        return;
+    }
+    if (tokenizer_find(t, t->bytes[id], t->length[id]) >= 0) return;
+    uint32_t i = hash_bytes(t->bytes[id], t->length[id]) & (t->table_size - 1);
+    while (t->table[i] >= 0) i = (i + 1) & (t->table_size - 1);
+    t->table[i] = id;
+}
+
+static Tokenizer tokenizer_open(const char *path) {
+    size_t size, at = HEADER_INTS * 4;
+    const int *header = map_file(path, TOKENIZER_MAGIC, 0, "tokenizer", &size), version = header[1];
+    if (version < 1 || version > 2)
+        die(FAILED, "%s is a tokenizer of version %d; this program reads 1 and 2", path, version);
+    const unsigned char *file = (const unsigned char *)header;
+    Tokenizer t;
+    memset(&t, 0, sizeof t);
+    t.file = file;
+    t.file_size = size;
+    t.vocab_size = header[2];
+    t.eot = version == 1 ? 50256 : header[3]; // version 1 is always GPT-2's
+    if (t.vocab_size < 1 || t.vocab_size > 65535)
+        die(FAILED, "%s is damaged: a vocabulary of %u tokens", path, (unsigned)t.vocab_size);
+    if (t.eot < 0 || t.eot >= t.vocab_size)
+        die(FAILED, "%s is damaged: its end-of-text token %d is not in its vocabulary", path,
+            t.eot);
+
+    t.table_size = 4;
+    while (t.table_size < 4 * t.vocab_size) t.table_size *= 2;
+    t.bytes = (const unsigned char **)allocate(t.vocab_size, sizeof *t.bytes, "the tokenizer");
+    t.length = (int *)allocate(t.vocab_size, sizeof *t.length, "the tokenizer");
+    t.table = (int *)allocate(t.table_size, sizeof *t.table, "the tokenizer");
+    for (int i = 0; i < t.table_size; i++) t.table[i] = -1;
+
+    for (int id = 0; id < t.vocab_size; id++) {
+        if (at >= size || at + 1 + file[at] > size)
+            die(FAILED, "%s is damaged: it ends at token %d of %d", path, id, t.vocab_size);
+        t.length[id] = file[at];
+        t.bytes[id] = file + at + 1;
+        at += 1 + file[at];
+        tokenizer_add(&t, id, path);
+    }
+    if (at != size)
+        die(FAILED, "%s is damaged: %zu bytes follow its last token", path, size - at);
+    for (int b = 0; b < 256; b++) {
+        unsigned char byte = (unsigned char)b;
+        t.byte_id[b] = tokenizer_find(&t, &byte, 1);
+    }
+    return t;
 }
 
 // ---- encoding ----
