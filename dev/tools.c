@@ -1262,7 +1262,7 @@ static void train(void) {
         train_step(&t);
         report_step(&t, seconds() - step_began);
     }
-    fclose(t.log);
+    if (fclose(t.log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
     free(t.nelbo);
     model_free(&t.model);
     printf("step %d of %d is done; the model is in %s\n", t.state.step, opt_steps, opt_out);

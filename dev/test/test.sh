@@ -156,6 +156,8 @@ start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start alone alone
 start refused refused
+start kill bash dev/test/kill.sh 20
+start full_disk bash dev/test/full_disk.sh
 start bench bench
 start threads env -u OMP_NUM_THREADS build/test_loopmdm ./loopmdm "${small[@]}"
 start style python3 dev/test/style.py

@@ -16,6 +16,7 @@ import pty
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -893,6 +894,18 @@ def check_waiting_threads():
         check(f"threads that wait: GOMP_SPINCOUNT={want}", not found)
 
 
+def check_wrong_cpu():
+    """A program that was built for another CPU: SIGILL becomes one line."""
+    command = ["./loopmdm", "train", "--data", os.path.join(OUT, "watch", "data.bin"), "--vocab",
+               "12", "--model", "d2", "--steps", "1000000", "--out", os.path.join(OUT, "cpu")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGILL)
+    said = process.communicate()[1]
+    check("an illegal instruction: one line, status 1", process.returncode != 1
+          or said.count("\n") != 1 or "this CPU lacks an instruction" not in said)
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     os.makedirs(OUT)
@@ -908,6 +921,7 @@ def main():
     check_watch()
     check_closed_terminal()
     check_waiting_threads()
+    check_wrong_cpu()
     check_templates()
     check_arithmetic()
     check_gsm()
