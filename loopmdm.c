@@ -76,13 +76,14 @@ enum { FAILED = 1, USAGE = 2 }; // exit status
 // Prints one line that says what is wrong, with which file or option, and what to do. Exits.
 __attribute__((format(printf, 2, 3), noreturn))
 static void die(int status, const char *format, ...) {
+    char line[2048];
     va_list args;
     va_start(args, format);
-    fflush(stdout); // what was printed before comes first
-    fputs("loopmdm: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
+    for (char *c; (c = strpbrk(line, "\n\r"));) *c = ' '; // a name may hold a line end
+    fflush(stdout); // what was printed before comes first
+    fprintf(stderr, "loopmdm: %s\n", line);
     exit(status);
 }
 

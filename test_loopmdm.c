@@ -2419,6 +2419,7 @@ static void check_usage(void) {
         {2, "at least 1", "train --batch 0"},
         {2, "--data", "train"},
         {2, "is empty", "train " BASE "--out ''"},
+        {2, "a number, not '1 2 '", "eval --rows '1\n2\r'"},
         {2, "--data is given twice: give it once, with one pattern for all files",
          "train " BASE "--data data2.bin --out no"},
         {2, "--prompt is given twice: give it once\n", "sample --prompt a --prompt=b"},
@@ -2616,6 +2617,28 @@ static void check_no_space(void) {
     check("model.bin follows state.bin", model[AT_STEP] != 6 || s.header[STATE_STEP] != 6 ||
           floats_differ((const float *)(model + HEADER_INTS), s.part[STATE_EMA], s.total), 0,
           "step 6 in both");
+
+    // A state that went wrong, with a right checksum, must not take the place of a good model.bin.
+    size_t size;
+    char *state = read_file("small/state.bin", &size);
+    int *header = (int *)state;
+    header[STATE_STEP] = 5;
+    header[HEADER_INTS] = 0x7fc00000; // NaN
+    header[STATE_CRC] = 0;
+    header[STATE_CRC] = (int)crc32(state, size);
+    check("copy", shell("cp -r small wrong"), 0, "a checkpoint");
+    write_file("wrong/state.bin", state, size);
+    fail(1, "the loss is nan from the start",
+         "train " BASE "--steps 6 --ema 0.5 --out wrong --resume");
+    check("a wrong state.bin: model.bin and the log stay",
+          files_differ("wrong/model.bin", "small/model.bin") +
+          files_differ("wrong/log.csv", "small/log.csv"), 0, "NaN");
+    header[STATE_STEP] = -5;
+    header[STATE_CRC] = 0;
+    header[STATE_CRC] = (int)crc32(state, size);
+    write_file("wrong/state.bin", state, size);
+    fail(1, "it is at step -5", "train " BASE "--steps 6 --ema 0.5 --out wrong --resume");
+    free(state);
 
     // A loss that is not finite stops training and names the last good checkpoint.
     fail(1, "last good checkpoint is step 6", "train " BASE "--steps 200 --ema 0.5 --lr 1e30 "

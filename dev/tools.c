@@ -511,6 +511,7 @@ static const State *state_open(const char *path) {
     int *file = map_file(path, STATE_MAGIC, STATE_VERSION, "saved state of training", &bytes);
     const State *s = (const State *)file;
     checkpoint_check(&m, file, bytes, 3 + (s->has_average != 0), path);
+    if (s->step < 0) die(FAILED, "%s is damaged: it is at step %d", path, s->step);
     return s;
 }
 
@@ -1089,10 +1090,10 @@ static void train_new(Model *m) {
     free(params);
 }
 
-// Goes on where state.bin is. model.bin follows it, if the program was ended between the two.
+// Goes on where state.bin is.
 static void train_resume(Model *m, State *state) {
     Config c = m->config;
-    char *path = concat(opt_out, "/state.bin"), *model = concat(opt_out, "/model.bin");
+    char *path = concat(opt_out, "/state.bin");
     const State *saved = state_open(path);
 
     // The same options, or the run would not be the same as one without a break.
@@ -1112,9 +1113,7 @@ static void train_resume(Model *m, State *state) {
     model_reserve(m, opt_batch, c.max_seq_len, c.max_loops, 1, opt_recompute);
     state_load(m, saved);
     *state = *saved;
-    if (header_number(model, AT_STEP) != state->step) model_save(m, opt_out, state->step);
     free(path);
-    free(model);
 }
 
 static void print_memory(const Model *m) {
@@ -1124,17 +1123,26 @@ static void print_memory(const Model *m) {
            m->bytes[OPTIMIZER] / MiB, m->bytes[ACTIVATIONS] / MiB);
 }
 
-static void train_begin(Training *t) {
-    lock_folder();
-    check_folder();
-    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 0);
-    if (opt_resume) train_resume(&t->model, &t->state);
-    else train_new(&t->model);
-    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 1);
+// The loss is not finite: says where, and what is left.
+static void stop_training(const Training *t, int step, double loss, double norm) {
+    char checkpoint[64] = "there is no checkpoint yet";
+    if (t->saved < 0 && opt_resume)
+        die(FAILED, "step %d: the loss is %g from the start: the model in %s went wrong before it "
+            "was saved; begin anew", step, loss, opt_out);
+    if (t->saved >= 0)
+        snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", t->saved);
+    die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step,
+        loss, norm, checkpoint, opt_out);
+}
 
-    t->saved = -1;
-    t->begin = t->state.step;
-    t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
+// Exits if the model's loss is not finite: such a model is never saved.
+static void check_loss(Training *t) {
+    Loops loops = {t->model.config.max_loops, 0};
+    Evaluation e = evaluate(&t->model, &t->data, loops, opt_batch, opt_batch, opt_seed, t->nelbo);
+    if (!isfinite(e.nelbo)) stop_training(t, t->state.step, e.nelbo, t->gradient.norm);
+}
+
+static void print_training(const Training *t) {
     Config c = t->model.config;
     int64_t tokens = 0, unused = 0; // in shards that are too short for a sequence
     for (int i = 0; i < t->data.num_shards; i++) {
@@ -1150,16 +1158,24 @@ static void train_begin(Training *t) {
     print_memory(&t->model);
 }
 
-// The loss is not finite: says where, and what is left.
-static void stop_training(const Training *t, int step, double loss, double norm) {
-    char checkpoint[64] = "there is no checkpoint yet";
-    if (t->saved < 0 && opt_resume)
-        die(FAILED, "step %d: the loss is %g from the start: the model in %s went wrong before it "
-            "was saved; begin anew", step, loss, opt_out);
-    if (t->saved >= 0)
-        snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", t->saved);
-    die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step,
-        loss, norm, checkpoint, opt_out);
+static void train_begin(Training *t) {
+    lock_folder();
+    check_folder();
+    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 0);
+    if (opt_resume) train_resume(&t->model, &t->state);
+    else train_new(&t->model);
+    t->saved = -1;
+    t->begin = t->state.step;
+
+    // If a program was ended between writing state.bin and model.bin, there is an older model.bin.
+    char *path = concat(opt_out, "/model.bin");
+    int is_older = opt_resume && header_number(path, AT_STEP) != t->begin;
+    if (is_older) check_loss(t);
+    t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
+    if (is_older) model_save(&t->model, opt_out, t->begin);
+    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 1);
+    free(path);
+    print_training(t);
 }
 
 static void print_step(Training *t, double now) {
@@ -1187,12 +1203,9 @@ static void validate(Training *t) {
     printf("\n");
 }
 
-// Saves a model only if it still gives a finite loss.
 static void save_checkpoint(Training *t) {
-    Loops loops = {t->model.config.max_loops, 0};
     int step = t->state.step;
-    Evaluation e = evaluate(&t->model, &t->data, loops, opt_batch, opt_batch, opt_seed, t->nelbo);
-    if (!isfinite(e.nelbo)) stop_training(t, step, e.nelbo, t->gradient.norm);
+    check_loss(t);
     state_save(&t->model, opt_out, &t->state); // first: --resume can write model.bin from it
     model_save(&t->model, opt_out, step);
     t->saved = step;

@@ -336,7 +336,8 @@ def build(o, parts):
     needed = ["build/profile.so"] if parts & IN_PROCESS else []
     if not o.program:
         o.program = "build/loopmdm_cuda_bf16" if o.device == "cuda" else "./loopmdm"
-        if o.device == "cpu" or not os.path.exists(o.program):  # it may be built for this GPU
+        built = o.device == "cuda" and os.path.exists(o.program)  # with options for this GPU
+        if parts - IN_PROCESS and not built:
             needed.append(os.path.normpath(o.program))
     if needed and subprocess.run(["make", "-s", *needed]).returncode:
         sys.exit(f"bench.py: make {' '.join(needed)} failed")

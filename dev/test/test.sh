@@ -49,17 +49,40 @@ refused() {
     counted
 }
 
+# README's first command, with a smaller model and fewer steps, in a copy of the files that has the
+# stories, but no program. Called again with more steps it goes on.
+make_train() {
+    local ok=0 bad=0 folder options
+    options="--fixed-rows --layers 4 --channels 16 --heads 2 --seq-len 96 --batch 4 --steps"
+    folder=$(mktemp -d)
+    mkdir "$folder/build"
+    cp -a Makefile loopmdm.c dev "$folder"
+    cp -a build/stories* "$folder/build"
+    cd "$folder" || return
+    make train TRAIN="$options 3" >first.log 2>&1
+    check "make train" $? || tail -n 3 first.log
+    make train TRAIN="$options 5" >second.log 2>&1
+    check "make train, called again" $? || tail -n 3 second.log
+    [ "$(cut -d, -f1 build/run/log.csv | tr '\n' ' ')" = "step 1 2 3 4 5 " ]
+    check "make train goes on where it was" $?
+    [ "$(grep -caE '^ +[123468] +[0-9]+ +[0-9.]+ \+- ' second.log)" -eq 6 ] &&
+        grep -qa "^Kate had a small.* to eat in the field. Then Tom came.*, but he had" second.log
+    check "make train ends with the NELBO of six numbers of loops, and with samples" $?
+    cd - >/dev/null
+    rm -rf "$folder"
+    counted
+}
+
 # bench.py builds what it needs, in a copy of the files in which nothing was built.
 bench() {
     local ok=0 bad=0 folder here=$PWD
     folder=$(mktemp -d)
     cp -r Makefile loopmdm.c train_gpt2style.py dev "$folder"
     cd "$folder" || return
-    "$here/$python" dev/bench/bench.py train sample --model d2 --vocab 64 --batch 2 --steps 1 \
-        --turns 1 --loops 1 --csv bench.csv >bench.log 2>&1
+    "$here/$python" dev/bench/bench.py sample --model d2 --vocab 64 --csv bench.csv >bench.log 2>&1
     check "bench.py in a fresh clone" $? || tail -n 3 bench.log
-    [ "$(grep -c tokens/s bench.csv)" -eq 3 ]
-    check "bench.py: a training step and two samplers" $?
+    [ "$(grep -c '^sample,.*,tokens/s,[0-9]' bench.csv)" -eq 2 ]
+    check "bench.py: the table of two batches" $?
     cd - >/dev/null
     rm -rf "$folder"
     counted
@@ -156,8 +179,10 @@ start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start alone alone
 start refused refused
+start fuzz build/fuzz 4000
 start kill bash dev/test/kill.sh 20
 start full_disk bash dev/test/full_disk.sh
+start make_train make_train
 start bench bench
 start threads env -u OMP_NUM_THREADS build/test_loopmdm ./loopmdm "${small[@]}"
 start style python3 dev/test/style.py

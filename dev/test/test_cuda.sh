@@ -171,16 +171,16 @@ errors() {
     counted
 }
 
-# nvcc compiles for three generations of GPUs without a warning.
-nvcc_compiles() { # BF16
+# nvcc_compiles BF16 GENERATION...: nvcc compiles for these generations of GPUs without a warning.
+nvcc_compiles() {
     local ok=0 bad=0 arch gpus=()
-    for arch in 80 90 100; do
+    for arch in "${@:2}"; do
         gpus+=(-gencode "arch=compute_$arch,code=sm_$arch")
     done
     $NVCC -x cu -O3 -std=c++17 -I. "${gpus[@]}" --Werror all-warnings \
         -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 \
         -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1.o"
-    check "$NVCC for sm_80, sm_90 and sm_100, BF16=$1" $?
+    check "$NVCC for sm_${*:2}, BF16=$1" $?
     counted
 }
 
@@ -208,8 +208,8 @@ fi
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
 both
 if command -v "$NVCC" >/dev/null; then
-    start nvcc_bf16 nvcc_compiles 1
-    start nvcc_fp32 nvcc_compiles 0
+    start nvcc_bf16 nvcc_compiles 1 80 90 100
+    start nvcc_fp32 nvcc_compiles 0 90 # for checks only, and it takes long
 else
     echo "no nvcc: not compiled for GPUs"
 fi
