@@ -25,12 +25,16 @@ WARNINGS = -Wall -Wextra -Werror
 # square roots and comparisons.
 FLOATS = -ffp-contract=fast -fno-math-errno -fno-trapping-math
 HASH := \#
-works = $(shell mkdir -p build && echo '$(2) int main(void) { return 0; }' | tr '@' '\n' | \
-	$(CC) -x c $(1) -o build/probe - >build/probe.log 2>&1 && echo $(1))
-ARCH := $(call works,-march=native,)
-OPENMP := $(call works,-fopenmp,$(HASH)include <omp.h>@)
+# works COMPILER,OPTION,PROGRAM: the option, if the program can be built with it.
+works = $(shell mkdir -p build && echo '$(3)' | tr '@' '\n' | \
+	$(1) $(2) -o build/probe - >build/probe.log 2>&1 && echo $(2))
+MAIN := int main(void) { return 0; }
+OMP_MAIN := $(HASH)include <omp.h>@int main(void) { return omp_get_max_threads(); }
+ARCH := $(call works,$(CC) -x c,-march=native,$(MAIN))
+OPENMP := $(call works,$(CC) -x c,-fopenmp,$(OMP_MAIN))
+OPENMP_CXX := $(if $(OPENMP),$(call works,$(CXX) -x c++,-fopenmp,$(OMP_MAIN)))
 CFLAGS = -std=c11 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS)
-CXXFLAGS = -std=c++17 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS)
+CXXFLAGS = -std=c++17 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP_CXX) $(WARNINGS)
 PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
@@ -69,10 +73,11 @@ loopmdm: $(PROGRAM) build/flags
 build/test_loopmdm: test_loopmdm.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm
 
-# With sanitizers, in one piece: a process with fewer libraries is forked faster.
+# A process without a library for the sanitizer is forked faster.
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 build/fuzz: dev/test/fuzz.c $(PROGRAM) build/flags
-	$(CC) -std=c11 -I. -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all $(FLOATS) \
-		$(ARCH) $(call works,-static-libasan,) $(WARNINGS) $< -o $@ -lm
+	$(CC) -std=c11 -I. -O1 -g1 $(SANITIZERS) $(FLOATS) $(ARCH) $(WARNINGS) $< -o $@ -lm \
+		$(call works,$(CC) -x c,$(SANITIZERS) -static-libasan,$(MAIN))
 
 # ---- loopmdm.cu: program and test in both precisions, for the GPU and for the CPU ----
 

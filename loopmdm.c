@@ -39,8 +39,8 @@ Build with make: it adds a fast matrix product (dev/gemm.h), a tokenizer, thread
 options (dev/tools.c). Or build this file in an empty folder: cc -O3 loopmdm.c -lm
 Results do not depend on the number of threads, not even in the last bit.
 */
-#ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE // mmap and more, with -std=c11
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE // mmap, aligned_alloc and more, with any -std
 #endif
 #include <errno.h>
 #include <fcntl.h>
@@ -1320,10 +1320,10 @@ static char *concat(const char *a, const char *b) { // the caller frees it
     return strcat(strcpy(s, a), b);
 }
 
-static void check_regular(const char *path) { // a file must not replace /dev/null
+static void check_regular(const char *path) { // a file must not replace /dev/stdout
     struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode))
-        die(FAILED, "cannot write %s: it is a folder, device or pipe", path);
+    if (!lstat(path, &info) && !S_ISREG(info.st_mode))
+        die(FAILED, "cannot write %s: it is a folder, device, pipe or link", path);
 }
 
 // Writes a file under another name, to the disk, and renames it: the old or the new one is whole.
@@ -1337,7 +1337,7 @@ static void write_file(const char *path, const void *data, size_t bytes) {
     if (ok && rename(temporary, path)) error = errno;
     if (error) unlink(temporary);
     free(temporary);
-    if (error) die(FAILED, "cannot write %s: %s; the old file is unchanged", path, strerror(error));
+    if (error) die(FAILED, "cannot write %s: %s; what was there stays", path, strerror(error));
 }
 
 static uint32_t crc32(const void *data, size_t n) { // as in zlib; it detects a damaged file
@@ -1412,8 +1412,8 @@ static double number(const char *name, double otherwise, double least) {
     const char *text = option(name, "");
     char *end = (char *)text;
     double x = *text ? strtod(text, &end) : otherwise;
-    if (*end || !(x >= least && x <= INT_MAX)) // without a default it is 0, below least
-        die(USAGE, "%s takes a number of at least %g, not '%s'", name, least, text);
+    if (*end || !(x >= least && x <= INT_MAX) || (least > 0 && x != floor(x))) // no default: x = 0
+        die(USAGE, "%s is %g or more%s, not '%s'", name, least, least > 0 ? ", whole" : "", text);
     return x;
 }
 
@@ -1466,7 +1466,7 @@ static void eval(void) {
     Loops loops = open_model(&m, 16);
     const char *path = option("--data", NULL);
     Data data = data_open(&path, 1, m.config.vocab_size, m.config.max_seq_len);
-    int n = (int)number("--rows", 1024, 1);
+    int n = (int)number("--rows", 1024, 2);
     check_options();
     double *nelbo = (double *)allocate(n, sizeof(double), "the sequences");
     Evaluation e = evaluate(&m, &data, loops, n, 16, 1, nelbo);
@@ -1495,6 +1495,6 @@ int main(int argc, char **argv) {
     else if (!strcmp(command, "eval")) eval();
     else if (!strcmp(command, "sample")) sample_ids();
     else die(USAGE, "usage: loopmdm train | eval | sample --option value ...");
-    return 0;
+    if (fclose(stdout)) die(FAILED, "cannot write to standard output: %s", strerror(errno));
 }
 #endif

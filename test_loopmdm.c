@@ -1537,7 +1537,8 @@ static void check_ancestral(Model *m, const float *logits) {
                 count[x[b * TINY] | x[b * TINY + 1] << 2 | x[b * TINY + 2] << 4]++;
         }
         for (int s = 0; s < STATES; s++) {
-            if (p[s] > 1e-12) chi += pow(count[s] - TEXTS * p[s], 2) / (TEXTS * p[s]);
+            double expected = (double)TEXTS * p[s];
+            if (p[s] > 1e-12) chi += pow(count[s] - expected, 2) / expected;
             else if (count[s] > 0) chi = INFINITY; // a text that cannot be
         }
         // 26 degrees of freedom or fewer: it exceeds 54.1 with a probability of 0.001.
@@ -1717,8 +1718,9 @@ static void check_tokenizer(void) {
         }
         ids[0] = t.eot; // decode() drops it
         n = 1 + (int)tokenizer_encode(&t, ids + 1, (const char *)text, n, "test");
-        char *back = decode(&t, ids, n, n);
-        wrong += memcmp(back, text, 2 * k + 1) || back[2 * k + 1];
+        size_t bytes;
+        char *back = decode(&t, ids, n, n, &bytes);
+        wrong += bytes != 2 * (size_t)k + 1 || memcmp(back, text, bytes);
         free(back);
     }
     check("decode(encode(x)) = x, that differ", wrong, 0, "300 strings of any bytes");
@@ -1736,6 +1738,21 @@ static void check_tokenizer(void) {
     check("template: masks", count != 7 || masks != 3 || x[1] != 999 || x[4] != 999 || x[5] != 999,
           0, "one blank, two blanks");
     release(mark);
+}
+
+// The numbers that answers end with.
+static void check_last_number(void) {
+    static const struct { const char *text; double number; } cases[] = {
+        {"7, then -1,000.5.", -1000.5}, {"2e3", 3},  {"0x10", 10}, {"about .5", 0.5}, {"- 5", 5},
+        {"3-4", -4}, {"1.2.3", 3}, {"x-.25!", -0.25}, {"5.", 5}, {"12,345 is it", 12345},
+    };
+    for (int i = 0; i < COUNT(cases); i++) {
+        char text[64];
+        snprintf(text, sizeof text, "%s", cases[i].text);
+        check("last number", fabs(last_number(text) - cases[i].number), 0, "%s", cases[i].text);
+    }
+    char none[] = "none";
+    check("last number", !isnan(last_number(none)), 0, "none");
 }
 
 // End-of-text that fills up a sequence is no byte of its text.
@@ -2142,6 +2159,8 @@ static void check_commands(void) {
         snprintf(arguments, sizeof arguments, "%s --help", commands[i].name);
         succeed("--help, exit status", commands[i].name, arguments);
     }
+    succeed("--help, exit status", "after other options", "train --steps 7 --help");
+    check("--help shows the defaults", !strstr(out, "in all (default 2000)"), 0, "--steps");
     succeed("info, exit status", "a folder", "info --model whole");
     succeed("flops, exit status", "a preset", "flops --model d12 --vocab 50257");
 
@@ -2186,6 +2205,8 @@ static void check_commands(void) {
 
 // A name that exists is that file, though it could be a pattern that other files match.
 static void check_names(void) {
+    check("make", shell("mkdir 'v[1]' v1 && cp data2.bin 'v[1]/a.bin' && cp data.bin v1/a.bin"), 0,
+          "folders with [1]");
     check("make", shell("mkdir 'my rows [v1]' && cp data2.bin 'my rows [v1]/x.bin' && "
                         "cp data2.bin 'rows[1].bin' && cp data.bin rows1.bin && "
                         "cp short.bin 'my rows [v1]/y.bin'"), 0, "names with [1]");
@@ -2198,6 +2219,9 @@ static void check_names(void) {
             "--model d2 --batch 2 --steps 1 --out named2");
     check("a pattern", !strstr(out, " 1000 training tokens; 10 more are in shards that are too "
           "short\n"), 0, "two files, one of them shorter than a sequence");
+    succeed("train, exit status", "a pattern in a folder named as one",
+            "train --data 'v[1]/?.bin' --vocab 268 --model d2 --batch 2 --steps 1 --out named3");
+    check("a folder named as a pattern", !strstr(out, " 1000 training tokens\n"), 0, "v[1]");
     check("copy", shell("cp data.bin 'my rows [v1]/log.csv'"), 0, "data named as the log");
     fail(2, "would overwrite",
          "train --data 'my rows [v1]/log.csv' --vocab 268 --out 'my rows [v1]'");
@@ -2431,6 +2455,9 @@ static void check_usage(void) {
         {2, "divide", "train " BASE "--heads 5 --out no"},
         {2, "even", "train " BASE "--channels 6 --heads 2 --out no"},
         {2, "preset", "flops --model d7"},
+        {2, "no effect without a preset", "flops --model whole --max-loops 8"},
+        {2, "up to 2147483647", "train --steps 2147483648"},
+        {2, "up to 18446744073709551615", "train --seed 18446744073709551616"},
         {2, "too many rows",
          "train " BASE "--val-data data2.bin --val-rows 2147483647 --out no"},
         {2, "no effect without --val-data", "train " BASE "--steps 1 --loops 1 --out no"},
@@ -2478,7 +2505,8 @@ static void check_usage(void) {
 // ---- files that are not there, or must not be written ----
 
 static void check_files(void) {
-    check("write", shell("printf '\\n \\r\\n\\t\\n' >no_templates"), 0, "empty lines");
+    check("write", shell("printf '\\n \\r\\n\\t\\n' >no_templates && ln -s nothing link.csv && "
+                         "printf '\\377\\376a\\0' >utf16"), 0, "empty lines, a link, UTF-16");
     // Data that is named as what training writes, or as its temporary names
     check("make", shell("for i in 0 1 2; do mkdir data_$i; done; cp data.bin data_0/log.csv; "
                         "cp data.bin data_1/state.bin.tmp; cp data.bin data_2/state.bin"), 0,
@@ -2510,7 +2538,9 @@ static void check_files(void) {
         {2, "would overwrite --model", "eval " WHOLE "--rows 8 --by-t whole/state.bin"},
         {2, "would overwrite --model", "eval " WHOLE "--by-t whole/log.csv"},
         {2, "would overwrite --data", "attention " WHOLE "--rows 8 --csv data.bin"},
-        {1, "device or pipe", "tokenize --tokenizer test.tok --input text --output /dev/null"},
+        {1, "or link", "tokenize --tokenizer test.tok --input text --output /dev/null"},
+        {1, "or link", "eval " WHOLE "--by-t link.csv"},
+        {1, "UTF-16", "tokenize --tokenizer test.tok --input utf16 --output utf16.bin"},
         {1, "device or pipe", "eval --model whole --data pipe"},
         {1, "cannot write", "eval " WHOLE "--rows 8 --by-t nowhere/x.csv"},
         {1, "cannot write", "eval " WHOLE "--rows 8 --by-loop nowhere/x.csv"},
@@ -2768,6 +2798,7 @@ static void check_all(int argc, char **argv) {
     if (chdir(folder)) die(FAILED, "cannot go to %s: %s", folder, strerror(errno));
     check_tokenizer();
     check_tokens_per_byte();
+    check_last_number();
     check_command_line();
     if (chdir("/") || shell("rm -rf %s", folder)) printf("could not remove %s\n", folder);
 }

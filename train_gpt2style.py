@@ -419,8 +419,13 @@ Data = namedtuple("Data", "shards stride separator", defaults=(1, -1))
 def data_open(pattern):
     """The Data of all shards whose names match."""
     shards = []
-    # A name that exists is that file, even if it has [1] in it.
-    for path in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)):
+    # A file or folder that exists is meant by its name, even if it has [1] in it.
+    folder, name = os.path.split(pattern)
+    if os.path.exists(pattern):
+        pattern = glob.escape(pattern)
+    elif os.path.exists(folder):
+        pattern = os.path.join(glob.escape(folder), name)
+    for path in sorted(glob.glob(pattern)):
         header = np.fromfile(path, np.int32, 256)
         if (len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1
                 or os.path.getsize(path) != 1024 + 2 * int(header[2])):
@@ -541,16 +546,20 @@ def tokenizer_open(path):
 
 # ---- 8. Command line -----------------------------------------------------------------------------
 
-def open_data(pattern, tokenizer, o, T):
-    """The Data with --fixed-rows and --answers-after."""
-    stride = T if o.fixed_rows or o.answers_after else 1
+def open_data(pattern, tokenizer, o, c):
+    """The Data for a model, with --fixed-rows and --answers-after."""
+    data = data_open(pattern)
+    if any(len(s) and s.max() >= c.vocab_size for s in data.shards):
+        raise ValueError(f"{pattern}: a token is outside the vocabulary of {c.vocab_size}: was it "
+                         "made with another tokenizer?")
+    stride = c.max_seq_len if o.fixed_rows or o.answers_after else 1
     separator = -1
     if o.answers_after:
         tokens = tokenizer_open(tokenizer)[0]
         if o.answers_after.encode() not in tokens:
             raise ValueError(f"--answers-after: '{o.answers_after}' is no token of {tokenizer}")
         separator = tokens.index(o.answers_after.encode())
-    return data_open(pattern)._replace(stride=stride, separator=separator)
+    return data._replace(stride=stride, separator=separator)
 
 def train_begin(o, c):
     """A new Run or, with --resume, the one in --out."""
@@ -579,8 +588,8 @@ def train(o):
     V = int(np.fromfile(o.tokenizer, np.uint32, 3)[2]) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,
                     o.max_loops or S)
-    data = open_data(o.data, o.tokenizer, o, c.max_seq_len)
-    val = open_data(o.val_data, o.tokenizer, o, c.max_seq_len) if o.val_data else None
+    data = open_data(o.data, o.tokenizer, o, c)
+    val = open_data(o.val_data, o.tokenizer, o, c) if o.val_data else None
     loops = (o.loops or default_loops(c)) if val else []
     run = train_begin(o, c)
     path = os.path.join(o.out, "log.csv")
@@ -631,7 +640,7 @@ def run_eval(o):
     """The command eval: prints the NELBO of held-out data for each number of loops."""
     model, step = model_load(o.model, o.device)
     c = model.config
-    data = open_data(o.data, os.path.join(o.model, "tokenizer.bin"), o, c.max_seq_len)
+    data = open_data(o.data, os.path.join(o.model, "tokenizer.bin"), o, c)
     print(f"NELBO of {o.rows} sequences at step {step}\n\nloops  passes  NELBO, nats/token")
     for S in o.loops or default_loops(c):
         nelbo = evaluate(model, data, S, o.rows, o.batch, o.seed)
@@ -657,11 +666,20 @@ def whole_numbers(text):
     """The value of --loops or --loop: "1,2,4" -> [1, 2, 4], "1:3" -> [1, 3]"""
     return [int(number) for number in text.replace(":", ",").split(",")]
 
+def at_least(least, kind=int):
+    """The type of an option that takes a number."""
+    def number(text):
+        if not kind(text) >= least:  # NaN too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return kind(text)
+    return number
+
 def main(words=None):
     parser = argparse.ArgumentParser(epilog="The options are loopmdm's. Its --help explains them.")
     commands = parser.add_subparsers(required=True)
     t, e, s = map(commands.add_parser, ("train", "eval", "sample"))
-    text, whole, real = {"type": str}, {"type": int}, {"type": float}
+    text, real = {"type": str}, {"type": at_least(0, float)}
+    whole, from_0 = {"type": at_least(1)}, {"type": at_least(0)}
 
     def add(parsers, kind, **defaults):  # the default ... is for what must be given
         for (name, default), p in itertools.product(defaults.items(), parsers):
@@ -674,7 +692,8 @@ def main(words=None):
     add([t], {"choices": PRESETS}, model="nano")
     add([t], {"choices": ["uniform", "fixed", "flops"]}, loop_dist="uniform")
     add([t], whole, vocab=0, layers=None, heads=None, channels=None, seq_len=None, max_loops=None,
-        steps=2000, accum=1, warmup=100, save_every=500, val_every=500, val_rows=256)
+        steps=2000, accum=1, save_every=500, val_every=500, val_rows=256)
+    add([t], from_0, warmup=100)
     add([t], real, lr=2e-3, floor=0.1, weight_decay=0.1, clip=1.0, ema=0.0)
     add([t], {"type": whole_numbers}, loop=None)
     add([t, e], {"type": whole_numbers}, loops=None)
@@ -686,7 +705,7 @@ def main(words=None):
     add([s], {"choices": ORDERS}, order="confidence")
     add([s], whole, n=1, loops=None, length=None, steps=32, top_k=0, block=0)
     add([s], real, temperature=1.0, top_p=1.0, threshold=0.9)
-    add([t, e, s], whole, seed=1)
+    add([t, e, s], from_0, seed=1)
     add([t, e, s], {"choices": ["cpu", "cuda"]}, device="cpu")
     for p, run in ((t, train), (e, run_eval), (s, run_sample)):
         p.set_defaults(run=run)

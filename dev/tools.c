@@ -16,15 +16,15 @@ method, and calls it. What it adds:
 
 With -DBACKEND='"loopmdm.cu"' it is the same program for a GPU.
 */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE // wcwidth, with -std=c11
-#endif
 #define TOOLS // loopmdm.c leaves out its own, smaller command line
 #include "../loopmdm.c"
 #include <ctype.h>
 #include <glob.h>
 #include <locale.h>
 #include <signal.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <time.h>
@@ -272,10 +272,11 @@ static void set_number(int i, const char *text) {
 
     // Not from the double, which cannot hold each whole number of 64 bits.
     errno = 0;
-    long long integer = strtoll(text, &end, 10);
-    if (*end || errno || (options[i].type == INTEGER && integer > INT_MAX))
-        die(USAGE, "--%s takes a whole number, not '%s'", name, text);
-    if (options[i].type == SEED) *(uint64_t *)to = (uint64_t)integer;
+    unsigned long long integer = strtoull(text, &end, 10);
+    unsigned long long most = options[i].type == SEED ? UINT64_MAX : INT_MAX;
+    if (*end || errno || integer > most)
+        die(USAGE, "--%s takes a whole number up to %llu, not '%s'", name, most, text);
+    if (options[i].type == SEED) *(uint64_t *)to = integer;
     else *(int *)to = (int)integer;
 }
 
@@ -283,10 +284,11 @@ static char was_given[NUM_OPTIONS]; // on the command line
 
 static void parse_options(int command, int argc, char **argv) {
     for (int a = 2; a < argc; a++) {
-        if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
-            print_help(command);
-            finish();
-        }
+        if (strcmp(argv[a], "--help") && strcmp(argv[a], "-h")) continue;
+        print_help(command); // while the options still have their defaults
+        finish();
+    }
+    for (int a = 2; a < argc; a++) {
         int i = find_option(command, argv[a]);
         const char *name = options[i].name, *equals = strchr(argv[a], '=');
         // Of two numbers the last counts. Two files or texts look as if both were meant.
@@ -448,13 +450,26 @@ static void keep_apart(const char *option, const char *path, const char *input_o
     free(temporary);
 }
 
-// The files of a name or a pattern such as train_*.bin. A name that exists is that file, even if it
-// has [1] in it. Sets paths, which stay until the end of the program; returns how many.
+// The files of a name or a pattern such as train_*.bin. A file or folder that exists is meant by
+// its name, even if it has [1] in it. Sets paths, which stay until the end of the program; returns
+// how many.
 static int find_files(const char **name, const char *const **paths) {
     glob_t g;
     *paths = name;
     if (!access(*name, F_OK)) return 1;
-    if (glob(*name, 0, NULL, &g)) return 0;
+
+    // If the folder exists, its name gets a backslash before each sign of a pattern.
+    const char *file = strrchr(*name, '/') ? strrchr(*name, '/') + 1 : *name;
+    char *folder = concat(*name, ""), *pattern = (char *)allocate(1, 2 * strlen(*name), "a name");
+    folder[file - *name] = 0;
+    int exists = !access(folder, F_OK);
+    char *to = pattern;
+    for (const char *s = *name; *s; *to++ = *s++)
+        if (exists && s < file && strchr("*?[\\", *s)) *to++ = '\\';
+    int none = glob(pattern, 0, NULL, &g);
+    free(folder);
+    free(pattern);
+    if (none) return 0;
     *paths = (const char *const *)g.gl_pathv;
     return (int)g.gl_pathc;
 }
@@ -623,24 +638,26 @@ static int find_tokenizer(Tokenizer *t, const Model *m) {
 }
 
 // The text of tokens (n): the first `shown` whole, then up to an end-of-text. MASK is shown as a
-// blank. The caller frees it.
-static char *text_of(const Tokenizer *t, const int *tokens, int n, int shown) {
+// blank. Sets bytes to its length, as it may hold zeros. The caller frees it.
+static char *text_of(const Tokenizer *t, const int *tokens, int n, int shown, size_t *bytes) {
     char *text = (char *)allocate((size_t)n * max_int(t->longest, 3) + 1, 1, "text"), *s = text;
     for (int i = 0; i < n && (i < shown || tokens[i] != t->eot); i++) {
         int id = tokens[i], masked = id >= t->vocab_size, length = masked ? 3 : t->length[id];
         memcpy(s, masked ? " __" : (const char *)t->bytes[id], length);
         s += length;
     }
+    *bytes = s - text;
     return text;
 }
 
 // The same, after a first end-of-text, with which each text begins. Without a tokenizer (NULL): the
 // ids. The caller frees it.
-static char *decode(const Tokenizer *t, const int *tokens, int T, int shown) {
-    if (t && T > 0 && tokens[0] == t->eot) return text_of(t, tokens + 1, T - 1, shown - 1);
-    if (t) return text_of(t, tokens, T, shown);
+static char *decode(const Tokenizer *t, const int *tokens, int T, int shown, size_t *bytes) {
+    int begin = t && T > 0 && tokens[0] == t->eot;
+    if (t) return text_of(t, tokens + begin, T - begin, shown - begin, bytes);
     char *text = (char *)allocate((size_t)T * 6 + 1, 1, "text"), *s = text; // ids up to 65535
     for (int i = 0; i < T; i++) s += sprintf(s, i ? " %d" : "%d", tokens[i]);
+    *bytes = s - text;
     return text;
 }
 
@@ -654,7 +671,7 @@ static int encode_text(const Tokenizer *t, int *x, int V, const char *s, size_t 
     for (s += strspn(s, " \t\n"); s < end; s = after + strspn(after, " \t\n")) {
         long id = strtol(s, &after, 10);
         if (after == s || id < 0 || id >= V)
-            die(USAGE, "%s: this model has no tokenizer, so it takes ids from 0 to %d, not '%s'",
+            die(USAGE, "%s: this model has no tokenizer, so it takes ids from 0 to %d, not '%.20s'",
                 option, V - 1, s);
         x[count++] = (int)id;
     }
@@ -692,7 +709,7 @@ static int encode_board(const Tokenizer *t, int *x, int most, int mask, const ch
 }
 
 // A board (side*side) as text: a grid with its boxes, or one line. The caller frees it.
-static char *board_text(const Tokenizer *t, const int *x, int side, int grid) {
+static char *board_text(const Tokenizer *t, const int *x, int side, int grid, size_t *bytes) {
     int high = (int)sqrt(side), wide = side / high; // a box of a board of 6: 2 rows x 3 columns
     int cells = side * side, line = 2 * side - 1 + 2 * (side / wide - 1);
     char *text = (char *)allocate((size_t)cells * 8 + side * 64 + 1, 1, "the board"), *s = text;
@@ -710,6 +727,7 @@ static char *board_text(const Tokenizer *t, const int *x, int side, int grid) {
         if (column == side - 1 && i + 1 < cells) *s++ = grid ? '\n' : ' ';
     }
     *s = 0;
+    *bytes = s - text;
     return text;
 }
 
@@ -736,6 +754,8 @@ static char *read_file(const char *path, size_t *size) {
 // it was written on Windows too. The caller frees it.
 static char *read_text(const char *path, size_t *size) {
     char *text = read_file(path, size);
+    if (*size >= 2 && (!memcmp(text, "\xff\xfe", 2) || !memcmp(text, "\xfe\xff", 2)))
+        die(FAILED, "%s is text in UTF-16: save it in UTF-8", path);
     size_t n = 0, i = *size >= 3 && !memcmp(text, "\xef\xbb\xbf", 3) ? 3 : 0;
     for (; i < *size; i++)
         if (text[i] != '\r') text[n++] = text[i];
@@ -1249,7 +1269,8 @@ static void report_step(Training *t, double took) {
     if (fflush(t->log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
 
     // What is learned is saved, even if nobody reads the output any more.
-    int lost = fflush(stdout) ? errno : 0;
+    int lost = fflush(stdout) || ferror(stdout) ? max_int(1, errno) : 0;
+    stop = interrupted; // a terminal that is closed gives both, an error and a signal
     if (step % opt_save_every == 0 || last || stop || lost) save_checkpoint(t);
     t->began += seconds() - now; // neither validating nor saving counts in tokens/s
     if (lost && !stop)
@@ -1528,17 +1549,25 @@ static void eval_by_loop(Model *m, const Data *d, int S) {
 
 // ---- --sudoku and --exact-match: puzzles solved, questions answered ----
 
-// The last number in s: of "7, then 1,000.5." it is 1000.5. NaN if there is none. Changes s.
+// The last number in s: of "7, then -1,000.5." it is -1000.5. NaN if there is none. Changes s.
 static double last_number(char *s) {
+    static const char digits[] = "0123456789";
     double number = NAN;
-    char *begin = s, *to = s;
+    char *begin = s, *to = s, *end;
     for (char *from = s; *from; from++) // 1,234 is one number
         if (*from != ',') *to++ = *from;
     *to = 0;
-    while (*s) {
-        int negative = s > begin && s[-1] == '-';
-        if (!isdigit((unsigned char)*s++)) continue;
-        number = strtod(s - 1 - negative, &s); // and s to what follows it
+    for (end = s; *(s += strcspn(s, digits)); s = end) {
+        // .5 is a number too, but not in 1.5.5, where it follows a number.
+        int point = s > end + !isnan(number) && s[-1] == '.';
+        char *from = s - point;
+        from -= from > begin && from[-1] == '-';
+        end = s + strspn(s, digits);
+        if (*end == '.' && !point) end += 1 + strspn(end + 1, digits);
+        char after = *end;
+        *end = 0; // strtod() would take 2e3 and 0x10 for one number
+        number = strtod(from, NULL);
+        *end = after;
     }
     return number;
 }
@@ -1546,7 +1575,8 @@ static double last_number(char *s) {
 // The number that an answer ends with: the last one after its last ####, or else its last one, as
 // in GSM8K. NaN if it has none.
 static double final_number(const Tokenizer *t, const int *tokens, int T) {
-    char *text = text_of(t, tokens, T, 0), *s = text, *mark;
+    size_t bytes;
+    char *text = text_of(t, tokens, T, 0, &bytes), *s = text, *mark;
     while ((mark = strstr(s, "####"))) s = mark + 4; // after the last one
     double number = last_number(s);
     free(text);
@@ -1566,7 +1596,7 @@ static void read_puzzle(Tasks *tasks, int r, const Data *d, const Tokenizer *t, 
     data_sequence(d, x, 2 * (int64_t)r, T, T);
     data_sequence(d, solution, 2 * (int64_t)r + 1, T, T);
     for (int i = 0; i < T; i++) {
-        int blank = x[i] == t->byte_id['.']; // the data have the token . where a cell is empty
+        int blank = x[i] == t->byte_id[(int)'.']; // the data have the token . where a cell is empty
         blanks += blank;
         differs += !blank && x[i] != solution[i];
         if (blank) x[i] = mask;
@@ -1714,9 +1744,9 @@ typedef struct {
     int lines;      // drawn so far on a terminal, to be drawn over
 } Watch;
 
-static char *text_or_board(const Watch *w, const int *x, int T, int grid) { // the caller frees it
-    if (w->side) return board_text(w->tokenizer, x, w->side, grid);
-    return decode(w->tokenizer, x, T, w->shown);
+static char *text_or_board(const Watch *w, const int *x, int T, int grid, size_t *bytes) {
+    if (w->side) return board_text(w->tokenizer, x, w->side, grid, bytes);
+    return decode(w->tokenizer, x, T, w->shown, bytes);
 }
 
 // One line, which begins with label: for a file or pipe.
@@ -1781,8 +1811,10 @@ static void draw_in_place(Watch *w, const char *s, const char *label) {
 }
 
 static void draw(Watch *w, const int *x, int T, const char *label) {
-    int terminal = isatty(1);
-    char *text = text_or_board(w, x, T, terminal);
+    const char *name = getenv("TERM");
+    int terminal = isatty(1) && name && strcmp(name, "dumb"); // a dumb one cannot go back
+    size_t bytes;
+    char *text = text_or_board(w, x, T, terminal, &bytes);
     if (terminal) draw_in_place(w, text, label);
     else draw_line(text, label);
     free(text);
@@ -1948,10 +1980,13 @@ static void write_texts(Watch *w, SampleOptions o, const int *start, int T) {
         sample(m, x, n, T, o, first, sample_step, w);
 
         for (int b = 0; b < n; b++) {
-            char *text = text_or_board(w, x + b * T, T, 1);
+            size_t bytes;
+            char *text = text_or_board(w, x + b * T, T, 1, &bytes);
             if (w->lines) printf("\033[%dA\r\033[J", w->lines); // over the drawing
             w->lines = 0;
-            printf("%s%s\n", printed++ ? "\n" : "", text);
+            if (printed++) putchar('\n');
+            fwrite(text, 1, bytes, stdout);
+            putchar('\n');
             free(text);
         }
         fflush(stdout);
@@ -2320,6 +2355,7 @@ static int model_or_preset(Model *m) {
         if (access(opt_model, F_OK))
             die(USAGE, "--model: %s is neither a folder nor a preset; these are d2, nano, d6, d12",
                 opt_model);
+        only_with("a preset as --model", 0, " vocab layers heads channels seq-len loop max-loops ");
         return model_open(m, opt_model)[AT_STEP];
     }
     model_build(m, config_from_options(opt_vocab < 0 ? 4096 : opt_vocab));
@@ -2389,28 +2425,42 @@ static void flush_subnormals(void) {
 // A standard stream may be closed. A file that is opened later must not take its place.
 static void hold_standard_streams(void) {
     int file;
-    do file = open("/dev/null", O_RDWR);
+    do file = open("/dev/null", O_RDONLY); // so that to write is an error
     while (file >= 0 && file < 3);
     close(file);
 }
 
-// The program was built for another CPU, such as one with AVX-512.
-static void on_illegal_instruction(int number) {
-    static const char text[] = "loopmdm: this CPU lacks an instruction that the program was built "
-        "to use: run make on this machine, or make ARCH= for any CPU\n";
-    (void)number;
-    ssize_t written = write(2, text, sizeof text - 1); // printf must not be used here
+// What is wrong with the machine or with a file that is mapped into memory.
+static void on_fault(int number) {
+    const char *text = "loopmdm: this CPU lacks an instruction that the program was built to use: "
+        "run make on this machine, or make ARCH= for any CPU\n";
+    if (number == SIGBUS) text = "loopmdm: a file became shorter while it was read\n";
+    ssize_t written = write(2, text, strlen(text)); // printf must not be used here
     (void)written;
     _exit(FAILED);
 }
 
-// A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. Beside other programs
-// that costs nearly all speed. OpenMP reads its settings before main(): so the program begins anew.
-static void sleep_sooner(char **argv) {
+// Two things cost nearly all speed beside other programs: a waiting thread of GCC's OpenMP spins
+// for milliseconds before it sleeps, and Linux moves two threads to one core. OpenMP reads its
+// settings before main(), so the program sets them and begins anew.
+static void share_cores(char **argv) {
 #if defined(_OPENMP) && defined(__linux__)
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return; // the user knows better
-    setenv("GOMP_SPINCOUNT", "3000", 1);
-    execv("/proc/self/exe", argv); // if that fails, it goes on as it is
+    struct stat a, b;
+    const char *name = (const char *)getauxval(AT_EXECFN), *self = "/proc/self/exe";
+    int waits = !getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY"); // else the user has chosen
+    int binds = !getenv("OMP_PROC_BIND") && !getenv("OMP_PLACES") && !getenv("GOMP_CPU_AFFINITY");
+
+    // Fewer threads than cores must not all be on the first cores, where other programs' are too.
+    int threads = opt_threads ? opt_threads : omp_get_max_threads();
+    binds = binds && threads == omp_get_num_procs();
+    if (!waits && !binds) return;
+
+    // Under valgrind, for example, self is another program.
+    if (!name || stat(name, &a) || stat(self, &b)) return;
+    if (a.st_dev != b.st_dev || a.st_ino != b.st_ino) return;
+    if (waits) setenv("GOMP_SPINCOUNT", "3000", 1);
+    if (binds) setenv("OMP_PROC_BIND", "true", 1); // a thread stays on its core
+    execv(self, argv); // if that fails, it goes on as it is
 #else
     (void)argv;
 #endif
@@ -2428,8 +2478,8 @@ int main(int argc, char **argv) {
     static void (*const run[])(void) = {
         train, eval, sample_command, attention, tokenize, info, flops
     };
-    signal(SIGILL, on_illegal_instruction);
-    sleep_sooner(argv);
+    signal(SIGILL, on_fault);
+    signal(SIGBUS, on_fault);
     flush_subnormals();
     signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error, as a full disk is
     hold_standard_streams();
@@ -2437,6 +2487,7 @@ int main(int argc, char **argv) {
     for (int i = 0; argc > 1 && i < NUM_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name)) continue;
         parse_options(i, argc, argv);
+        if (commands[i].flag & (TRAIN | EVAL | SAMPLE | ATTENTION)) share_cores(argv);
         run[i]();
         finish();
     }

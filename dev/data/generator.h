@@ -103,8 +103,8 @@ static void start(Output *out) {
 
     // rename() would replace a device or a pipe by a file.
     struct stat info;
-    if (!stat(out->path, &info) && !S_ISREG(info.st_mode)) {
-        die(1, "%s is a folder, device or pipe; choose another " OUTPUT, out->path);
+    if (!lstat(out->path, &info) && !S_ISREG(info.st_mode)) {
+        die(1, "%s is a folder, device, pipe or link; choose another " OUTPUT, out->path);
     }
     out->file = fopen(out->temporary, "wb");
     if (!out->file) {

@@ -152,7 +152,7 @@ def make_encoder(tokens, eot):
     def encode(text):
         found = []
         for part in cut.split(text):
-            if part in special:
+            if part and part in special:
                 found.append(special[part])
             else:
                 pieces = (part[begin:end] for _, (begin, end) in SPLIT(part))
@@ -191,8 +191,8 @@ def make(args):
     outputs = [args.tokenizer, args.output] if args.train_tokenizer else [args.output]
     temporary = {path: path + ".tmp" for path in outputs}
     for path in temporary:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path} is a folder, device or pipe; choose another name")
+        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise ValueError(f"{path} is a folder, device, pipe or link; choose another name")
     try:
         if args.train_tokenizer:
             tinystories.write_tokenizer_bin(temporary[args.tokenizer], tokens, eot)

@@ -255,7 +255,12 @@ def sources(args):
 
 
 def check_outputs(args):
-    """Raises ValueError if a file to write is a folder, or a file to read."""
+    """
+    Raises ValueError if a file to write is a folder, or a file to read. --input must be no pipe: it
+    is read several times.
+    """
+    if args.input and os.path.exists(args.input) and not os.path.isfile(args.input):
+        raise ValueError(f"--input: {args.input} is a folder, device or pipe; a file is needed")
     for path in (os.path.join(args.out, name) for name in OUTPUTS):
         if os.path.isdir(path):
             raise ValueError(f"--out: {path} is a folder; a file is to be written there")

@@ -814,7 +814,8 @@ def on_terminal(columns, lines, *command):
     """What a command writes to a terminal of this size."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
-    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"TERM": "xterm"})
     os.close(slave)
     written = b""
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
@@ -877,21 +878,33 @@ def check_closed_terminal():
           not os.path.exists(os.path.join(folder, "state.bin")))
 
 
-def check_waiting_threads():
-    """loopmdm sees to it that its threads do not spin, unless the user has chosen."""
-    folder = os.path.join(OUT, "spinning")
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+def check_threads():
+    """
+    loopmdm sees to it that waiting threads do not spin, and that each stays on a core if there is
+    one for each, unless the user has chosen.
+    """
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_NUM_THREADS")
     clean = {name: value for name, value in os.environ.items() if name not in names}
-    for chosen, want in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+    one = ["--threads", "1"]
+    several = len(os.sched_getaffinity(0)) > 1
+    for chosen, more, want in (
+            ({}, [], {"GOMP_SPINCOUNT=3000", "OMP_PROC_BIND=true"}),
+            ({}, one, {"GOMP_SPINCOUNT=3000"}),
+            ({"OMP_NUM_THREADS": "1"}, [], {"GOMP_SPINCOUNT=3000"}),
+            ({"GOMP_SPINCOUNT": "7"}, [], {"GOMP_SPINCOUNT=7", "OMP_PROC_BIND=true"}),
+            ({"OMP_WAIT_POLICY": "active", "OMP_PROC_BIND": "false"}, [], {"OMP_PROC_BIND=false"})):
         command = ["./loopmdm", "train", "--data", os.path.join(OUT, "watch", "data.bin"),
-                   "--vocab", "12", "--model", "d2", "--steps", "1000000", "--out", folder]
+                   "--vocab", "12", "--model", "d2", "--steps", "1000000", *more, "--out",
+                   os.path.join(OUT, "threads")]
         process = subprocess.Popen(command, env=clean | chosen, stdout=subprocess.PIPE)
         process.stdout.readline()
         with open(f"/proc/{process.pid}/environ") as f:
-            found = f"GOMP_SPINCOUNT={want}" in f.read().split("\0")
+            found = {word for word in f.read().split("\0") if word.startswith(names[:3])}
         process.kill()
         process.communicate()
-        check(f"threads that wait: GOMP_SPINCOUNT={want}", not found)
+        if several:
+            found -= {"OMP_WAIT_POLICY=active"}
+            check(f"threads: {chosen} {more}: {' '.join(sorted(want))}", found != want)
 
 
 def check_wrong_cpu():
@@ -904,6 +917,37 @@ def check_wrong_cpu():
     said = process.communicate()[1]
     check("an illegal instruction: one line, status 1", process.returncode != 1
           or said.count("\n") != 1 or "this CPU lacks an instruction" not in said)
+
+
+# ---- Names and bytes -----------------------------------------------------------------------------
+
+
+def check_names():
+    """train_gpt2style.py finds the files that loopmdm finds: test_loopmdm.c has the same names."""
+    folder = os.path.join(OUT, "names")
+    counts = {"rows[1].bin": 1, "rows1.bin": 2, "v[1]/a.bin": 3, "v1/a.bin": 4}
+    for name, n in counts.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        tinystories.write_shard(path, [[0] * n])
+    asked = {"rows[1].bin": 1, "rows?.bin": 2, "v[1]/a.bin": 3, "v[1]/*.bin": 3, "v?/a.bin": 4}
+    for pattern, n in asked.items():
+        shards = reference.data_open(os.path.join(folder, pattern)).shards
+        check(f"train_gpt2style.py: --data '{pattern}'", [len(s) for s in shards] != [n])
+
+
+def check_zero_bytes():
+    """A text with zero bytes is written whole."""
+    folder = os.path.join(OUT, "zero")
+    os.makedirs(folder)
+    path, tokenizer = os.path.join(folder, "data.bin"), os.path.join(folder, "tokenizer.bin")
+    tinystories.write_tokenizer_bin(tokenizer, [b"a", b"\0b", EOT.encode()], 2)
+    tinystories.write_shard(path, [[1] * 200])
+    run_loopmdm("train", "--data", path, "--tokenizer", tokenizer, "--model", "d2", "--steps", "50",
+                "--warmup", "1", "--lr", "0.01", "--out", os.path.join(folder, "run"))
+    said = run_loopmdm("sample", "--model", os.path.join(folder, "run"), "--length", "6",
+                       "--steps", "5", "--temperature", "0")
+    check("zero bytes are written", said != "\0b" * 5 + "\n")
 
 
 def main():
@@ -920,8 +964,10 @@ def main():
     check_text_files(data)
     check_watch()
     check_closed_terminal()
-    check_waiting_threads()
+    check_threads()
     check_wrong_cpu()
+    check_names()
+    check_zero_bytes()
     check_templates()
     check_arithmetic()
     check_gsm()
