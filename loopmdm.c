@@ -81,7 +81,7 @@ static void die(int status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    for (char *c; (c = strpbrk(line, "\n\r"));) *c = ' '; // a name may hold a line end
+    for (char *c = line; *(c += strcspn(c, "\n\r"));) *c = ' '; // a name may hold a line end
     fflush(stdout); // what was printed before comes first
     fprintf(stderr, "loopmdm: %s\n", line);
     exit(status);
