@@ -1776,7 +1776,7 @@ static int character_columns(const char *s, int *bytes) {
 static int draw_wrapped(const char *s, int width) {
     int end = 0, space = 0, bytes, columns = 0;
     for (; s[end] && s[end] != '\n'; end += bytes) {
-        columns += abs(character_columns(s + end, &bytes));
+        columns += abs(character_columns(s + end, &bytes)); // one sign for what must not be drawn
         if (columns > width && end > 0) break; // one character at least
         if (s[end] == ' ') space = end;
     }

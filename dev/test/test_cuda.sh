@@ -24,9 +24,9 @@ differs() {
 # Training, evaluation and samples give what the CPU program gives.
 beside_the_cpu_program() {
     local ok=0 bad=0 precision program tolerance largest different S want got
-    local options="--data build/stories_train.bin --val-data build/stories_val.bin --val-rows 16
-        --tokenizer dev/data/stories.tok --model d2 --layers 3 --loop 1:2 --batch 4 --warmup 5
-        --lr 3e-3 --steps 20"
+    local recipe="--val-data build/stories_val.bin --val-rows 16 --tokenizer dev/data/stories.tok
+        --model d2 --layers 3 --loop 1:2 --batch 4 --warmup 5 --lr 3e-3 --steps 20"
+    local options="--data build/stories_train.bin $recipe"
     ./loopmdm train $options --out "$work/cpu" >/dev/null
     check "the CPU program trains" $?
     nelbo() { # PROGRAM
@@ -63,8 +63,7 @@ beside_the_cpu_program() {
     # One story after the other: no sequences full of end-of-text
     ./loopmdm tokenize --tokenizer dev/data/stories.tok --input build/stories_val.txt \
         --output "$work/text.bin" >/dev/null
-    ./loopmdm train ${options/steps 20/steps 300} --data "$work/text.bin" --out "$work/longer" \
-        >/dev/null
+    ./loopmdm train $recipe --steps 300 --data "$work/text.bin" --out "$work/longer" >/dev/null
     same_text() { # ARGUMENTS of sample
         want=$(./loopmdm sample --model "$work/longer" --temperature 1 "$@")
         got=$("build/loopmdm_${where}_fp32" sample --model "$work/longer" --temperature 1 "$@")

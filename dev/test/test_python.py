@@ -353,7 +353,7 @@ def check_gsm():
         awkward = awkward.replace(EOT, "")[:20]
         answer = f"{awkward} #### {len(awkward)}"
         items.append({"question": awkward, "answer": answer, "more": None})
-        texts.append((awkward.strip(gsm.SPACE), answer.strip(gsm.SPACE)))
+        texts.append((awkward.strip(tinystories.SPACE), answer.strip(tinystories.SPACE)))
     lines = [json.dumps(item, ensure_ascii=i % 2 == 0) for i, item in enumerate(items)]
     with open(path, "w", encoding="utf-8-sig", newline="") as f:
         f.write("\r\n\r\n".join(lines))
