@@ -76,7 +76,7 @@ enum { FAILED = 1, USAGE = 2 }; // exit status
 // Prints one line that says what is wrong, with which file or option, and what to do. Exits.
 __attribute__((format(printf, 2, 3), noreturn))
 static void die(int status, const char *format, ...) {
-    char line[2048];
+    char line[4 * PATH_MAX];
     va_list args;
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
@@ -1320,7 +1320,7 @@ static char *concat(const char *a, const char *b) { // the caller frees it
     return strcat(strcpy(s, a), b);
 }
 
-static void check_regular(const char *path) { // a file must not replace /dev/stdout
+static void check_regular(const char *path) { // rename() would put a file where a link was
     struct stat info;
     if (!lstat(path, &info) && !S_ISREG(info.st_mode))
         die(FAILED, "cannot write %s: it is a folder, device, pipe or link", path);
@@ -1412,7 +1412,7 @@ static double number(const char *name, double otherwise, double least) {
     const char *text = option(name, "");
     char *end = (char *)text;
     double x = *text ? strtod(text, &end) : otherwise;
-    if (*end || !(x >= least && x <= INT_MAX) || (least > 0 && x != floor(x))) // no default: x = 0
+    if (*end || !(x >= least && x <= INT_MAX) || (least > 0 && x != floor(x))) // no default: 0
         die(USAGE, "%s is %g or more%s, not '%s'", name, least, least > 0 ? ", whole" : "", text);
     return x;
 }
@@ -1495,6 +1495,6 @@ int main(int argc, char **argv) {
     else if (!strcmp(command, "eval")) eval();
     else if (!strcmp(command, "sample")) sample_ids();
     else die(USAGE, "usage: loopmdm train | eval | sample --option value ...");
-    if (fclose(stdout)) die(FAILED, "cannot write to standard output: %s", strerror(errno));
+    if (fflush(stdout) || ferror(stdout)) die(FAILED, "cannot write to standard output");
 }
 #endif

@@ -177,7 +177,8 @@ static const struct {
     {"prompt", SAMPLE, TEXT, &opt_prompt, 0, "TEXT", "how the text begins"},
     {"fill", SAMPLE, TEXT, &opt_fill, 0, "TEXT",
      "a template: ____ is a blank of one token, ________ of two, and so on"},
-    {"fill-file", SAMPLE, TEXT, &opt_fill_file, 0, "FILE", "templates, one in a line"},
+    {"fill-file", SAMPLE, TEXT, &opt_fill_file, 0, "FILE",
+     "templates, one in a line; empty lines do not count"},
     {"puzzle", SAMPLE, TEXT, &opt_puzzle, 0, "BOARD", "a Sudoku, row by row, with . for blanks"},
     {"length", SAMPLE, INTEGER, &opt_length, 2, "T",
      "tokens in all, with the prompt and the end-of-text before it (default: the model's most)"},
@@ -453,37 +454,36 @@ static void keep_apart(const char *option, const char *path, const char *input_o
 // The files of a name or a pattern such as train_*.bin. A file or folder that exists is meant by
 // its name, even if it has [1] in it. Sets paths, which stay until the end of the program; returns
 // how many.
-static int find_files(const char **name, const char *const **paths) {
-    glob_t g;
-    *paths = name;
-    if (!access(*name, F_OK)) return 1;
+static int find_files(const char *name, const char *const **paths) {
+    const char *slash = strrchr(name, '/');
+    size_t length = strlen(name), folder_length = slash ? slash + 1 - name : 0;
+    char *folder = concat(name, ""), *pattern = (char *)allocate(1, 2 * length, "a name");
+    folder[folder_length] = 0;
+    size_t literal = 0; // so many of its first characters are no pattern
+    if (!access(folder, F_OK)) literal = folder_length;
+    if (!access(name, F_OK)) literal = length;
 
-    // If the folder exists, its name gets a backslash before each sign of a pattern.
-    const char *file = strrchr(*name, '/') ? strrchr(*name, '/') + 1 : *name;
-    char *folder = concat(*name, ""), *pattern = (char *)allocate(1, 2 * strlen(*name), "a name");
-    folder[file - *name] = 0;
-    int exists = !access(folder, F_OK);
     char *to = pattern;
-    for (const char *s = *name; *s; *to++ = *s++)
-        if (exists && s < file && strchr("*?[\\", *s)) *to++ = '\\';
-    int none = glob(pattern, 0, NULL, &g);
+    for (const char *s = name; *s; *to++ = *s++)
+        if (s < name + literal && strchr("*?[\\", *s)) *to++ = '\\';
+    glob_t g;
+    int found = !glob(pattern, 0, NULL, &g);
     free(folder);
     free(pattern);
-    if (none) return 0;
-    *paths = (const char *const *)g.gl_pathv;
-    return (int)g.gl_pathc;
+    *paths = found ? (const char *const *)g.gl_pathv : NULL;
+    return found ? (int)g.gl_pathc : 0;
 }
 
 static void keep_apart_from_data(const char *option, const char *path, const char *data_option,
                                  const char *pattern) {
     const char *const *inputs;
-    int n = pattern ? find_files(&pattern, &inputs) : 0; // no file matches: open_data() says so
+    int n = pattern ? find_files(pattern, &inputs) : 0; // no file matches: open_data() says so
     for (int i = 0; i < n; i++) keep_apart(option, path, data_option, inputs[i]);
 }
 
 static Data open_data(const char *pattern, int vocab_size, int T) {
     const char *const *paths;
-    int n = find_files(&pattern, &paths);
+    int n = find_files(pattern, &paths);
     if (!n) die(FAILED, "no data: no file matches %s", pattern);
     return data_open(paths, n, vocab_size, T);
 }
@@ -956,6 +956,7 @@ typedef struct {
     int S;
     double lr;
     int begin, saved;    // the step at which it began; the last good checkpoint's, or -1
+    int model_is_older;  // than state.bin: a program was ended between writing the two
     FILE *log;
     double began;        // when it began, plus the time of validations and checkpoints
     double tokens;       // since then
@@ -1147,8 +1148,8 @@ static void print_memory(const Model *m) {
 static void stop_training(const Training *t, int step, double loss, double norm) {
     char checkpoint[64] = "there is no checkpoint yet";
     if (t->saved < 0 && opt_resume)
-        die(FAILED, "step %d: the loss is %g from the start: the model in %s went wrong before it "
-            "was saved; begin anew", step, loss, opt_out);
+        die(FAILED, "step %d: the %s not finite from the start: the model in %s went wrong before "
+            "it was saved; begin anew", step, isfinite(loss) ? "gradient is" : "loss is", opt_out);
     if (t->saved >= 0)
         snprintf(checkpoint, sizeof checkpoint, "the last good checkpoint is step %d", t->saved);
     die(FAILED, "step %d: the loss is %g, the gradient's norm %g; %s in %s. Try a lower --lr", step,
@@ -1187,14 +1188,12 @@ static void train_begin(Training *t) {
     t->saved = -1;
     t->begin = t->state.step;
 
-    // If a program was ended between writing state.bin and model.bin, there is an older model.bin.
     char *path = concat(opt_out, "/model.bin");
-    int is_older = opt_resume && header_number(path, AT_STEP) != t->begin;
-    if (is_older) check_loss(t);
-    t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
-    if (is_older) model_save(&t->model, opt_out, t->begin);
-    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 1);
+    t->model_is_older = opt_resume && header_number(path, AT_STEP) != t->begin; // or not there
+    if (t->model_is_older) check_loss(t);
     free(path);
+    t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
+    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 1);
     print_training(t);
 }
 
@@ -1231,6 +1230,12 @@ static void save_checkpoint(Training *t) {
     t->saved = step;
 }
 
+// What --resume began with has proved to be good.
+static void state_is_good(Training *t) {
+    if (t->model_is_older) model_save(&t->model, opt_out, t->begin);
+    t->saved = t->begin;
+}
+
 static void train_step(Training *t) {
     Model *m = &t->model;
     State *s = &t->state;
@@ -1241,7 +1246,7 @@ static void train_step(Training *t) {
 
     Gradient g = train_gradient(m, &t->data, t->recipe, s->step, t->S);
     if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(t, s->step + 1, g.loss, g.norm);
-    if (opt_resume && s->step == t->begin) t->saved = s->step; // it has proved to be good
+    if (opt_resume && s->step == t->begin) state_is_good(t);
     s->step++;
     AdamW adamw = {t->lr, 0.9, 0.95, 1e-8, opt_weight_decay, opt_clip, opt_ema};
     model_update(m, adamw, g.norm, s->step);
@@ -1269,13 +1274,13 @@ static void report_step(Training *t, double took) {
     if (fflush(t->log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
 
     // What is learned is saved, even if nobody reads the output any more.
-    int lost = fflush(stdout) || ferror(stdout) ? max_int(1, errno) : 0;
-    stop = interrupted; // a terminal that is closed gives both, an error and a signal
+    int lost = fflush(stdout) || ferror(stdout);
     if (step % opt_save_every == 0 || last || stop || lost) save_checkpoint(t);
-    t->began += seconds() - now; // neither validating nor saving counts in tokens/s
-    if (lost && !stop)
-        die(FAILED, "cannot write to standard output: %s; the checkpoint of step %d is in %s, "
-            "--resume continues", strerror(lost), step, opt_out);
+    t->began += seconds() - now;  // neither validating nor saving counts in tokens/s
+    if (lost) stop = interrupted; // a closed terminal's signal may come after the error
+    if (lost && !stop && !last)
+        die(FAILED, "standard output is closed or full; the checkpoint of step %d is in %s, "
+            "--resume continues", step, opt_out);
     if (stop && !last) {
         printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", step,
                opt_out);
@@ -1296,6 +1301,7 @@ static void train(void) {
         train_step(&t);
         report_step(&t, seconds() - step_began);
     }
+    if (t.begin == opt_steps) state_is_good(&t); // there was no step to prove more
     if (fclose(t.log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
     free(t.nelbo);
     model_free(&t.model);
@@ -1558,8 +1564,9 @@ static double last_number(char *s) {
         if (*from != ',') *to++ = *from;
     *to = 0;
     for (end = s; *(s += strcspn(s, digits)); s = end) {
-        // .5 is a number too, but not in 1.5.5, where it follows a number.
-        int point = s > end + !isnan(number) && s[-1] == '.';
+        // The point of .5 belongs to the number. The second point of 1.5.5 does not.
+        int follows = !isnan(number) && s - 1 == end; // the number before
+        int point = s > begin && s[-1] == '.' && !follows;
         char *from = s - point;
         from -= from > begin && from[-1] == '-';
         end = s + strspn(s, digits);
@@ -1815,6 +1822,8 @@ static void draw(Watch *w, const int *x, int T, const char *label) {
     int terminal = isatty(1) && name && strcmp(name, "dumb"); // a dumb one cannot go back
     size_t bytes;
     char *text = text_or_board(w, x, T, terminal, &bytes);
+    for (size_t i = 0; i < bytes; i++)
+        if (!text[i]) text[i] = '?'; // from here on it is a string
     if (terminal) draw_in_place(w, text, label);
     else draw_line(text, label);
     free(text);
@@ -2036,8 +2045,9 @@ static void sample_command(void) {
     if (opt_length > most)
         die(USAGE, "--length is %d; the model takes at most %d tokens", opt_length, most);
     Starts starts = read_starts(&m, t, o);
-    if (opt_watch && !setlocale(LC_CTYPE, "C.UTF-8")) // for wcwidth()
-        setlocale(LC_CTYPE, "UTF-8");                 // macOS
+    // wcwidth() needs a locale with UTF-8; names differ.
+    if (opt_watch && !setlocale(LC_CTYPE, "C.UTF-8") && !setlocale(LC_CTYPE, "UTF-8"))
+        setlocale(LC_CTYPE, "");
     load_model(&m, file, opt_watch ? 1 : min_int(opt_n, 16)); // one text is watched at a time
 
     int slots = max_int(steps, most); // steps; --order threshold takes at most one for each token
@@ -2430,11 +2440,12 @@ static void hold_standard_streams(void) {
     close(file);
 }
 
-// What is wrong with the machine or with a file that is mapped into memory.
+// Says in one line why the program cannot go on.
 static void on_fault(int number) {
     const char *text = "loopmdm: this CPU lacks an instruction that the program was built to use: "
         "run make on this machine, or make ARCH= for any CPU\n";
-    if (number == SIGBUS) text = "loopmdm: a file became shorter while it was read\n";
+    if (number == SIGBUS)
+        text = "loopmdm: a file cannot be read any more: it became shorter, or its disk failed\n";
     ssize_t written = write(2, text, strlen(text)); // printf must not be used here
     (void)written;
     _exit(FAILED);
@@ -2451,16 +2462,15 @@ static void share_cores(char **argv) {
     int binds = !getenv("OMP_PROC_BIND") && !getenv("OMP_PLACES") && !getenv("GOMP_CPU_AFFINITY");
 
     // Fewer threads than cores must not all be on the first cores, where other programs' are too.
-    int threads = opt_threads ? opt_threads : omp_get_max_threads();
-    binds = binds && threads == omp_get_num_procs();
+    if (omp_get_max_threads() != omp_get_num_procs()) binds = 0;
     if (!waits && !binds) return;
 
     // Under valgrind, for example, self is another program.
     if (!name || stat(name, &a) || stat(self, &b)) return;
     if (a.st_dev != b.st_dev || a.st_ino != b.st_ino) return;
-    if (waits) setenv("GOMP_SPINCOUNT", "3000", 1);
-    if (binds) setenv("OMP_PROC_BIND", "true", 1); // a thread stays on its core
-    execv(self, argv); // if that fails, it goes on as it is
+    if (waits && setenv("GOMP_SPINCOUNT", "3000", 1)) return;
+    if (binds && setenv("OMP_PROC_BIND", "true", 1)) return; // a thread stays on its core
+    execv(name, argv); // if that fails, it goes on as it is
 #else
     (void)argv;
 #endif

@@ -3,13 +3,14 @@
 # that nobody else uses:
 #     bash dev/bench/busy.sh [PROGRAM]
 # Prints tokens per second, the best of three: alone; beside a loop that keeps a core busy, one for
-# each core; each of two trainings at a time. In the best case the others leave half of the machine.
+# each core; each of two trainings at a time. With others at work half of the speed is the most that
+# is possible.
 set -euo pipefail
 program=${1:-./loopmdm}
 cores=$(nproc)
 folder=$(mktemp -d)
 others=()
-trap 'kill "${others[@]}" 2>/dev/null; rm -rf "$folder"' EXIT
+trap 'kill "${others[@]}" 2>/dev/null || true; rm -rf "$folder"' EXIT
 
 # train NAME: a training of the shape of make train. Its speed goes into the file NAME.
 train() {

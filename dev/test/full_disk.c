@@ -1,6 +1,6 @@
 // A disk that becomes full, for full_disk.sh: a library that LD_PRELOAD puts under a program. It
-// takes the place of the functions by which the program writes files. The streams are real ones,
-// with glibc's buffers, but what they write comes here. Standard output is not a file of these.
+// replaces fopen(), fsync(), rename() and so on. The streams keep glibc's buffers; only what they
+// write comes here. Standard output is not one of them.
 //     cc -shared -fPIC dev/test/full_disk.c -o full_disk.so
 //     LD_PRELOAD=./full_disk.so FULL_DISK_COUNT=FILE [FULL_DISK_AT=N [FULL_DISK_ONCE=1]] PROGRAM...
 // Operation N and all after it fail, or only this one; without N none does. FILE gets the number of

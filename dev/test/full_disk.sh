@@ -7,6 +7,11 @@
 # clear line and leave what was there, without a .tmp file. With room again it must give what it
 # gives without a break: train from its last checkpoint.
 set -uo pipefail
+if ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
+    echo "full_disk.c needs glibc: not checked"
+    echo "0 passed, 0 failed"
+    exit
+fi
 . dev/test/resumed.sh
 "${CC:-cc}" -std=c11 -O2 -Wall -Wextra -Werror -shared -fPIC dev/test/full_disk.c \
     -o "$folder/full_disk.so" || exit
@@ -62,8 +67,9 @@ every_operation() {
             [ ! -d "$old" ] || cp -r "$old" "$run"
             on_disk $n $once "$@" $(resume)
             if [ "$operations" -lt $n ]; then # there was room for all of them
-                [ $status -eq 0 ] || problem="status $status: $(cat "$folder/said")"
-                break
+                [ $status -eq 0 ] && break
+                problem="status $status: $(cat "$folder/said")"
+                break 2
             fi
             tried=$((tried + 1))
             problem=$(wrong_after)

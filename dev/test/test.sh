@@ -38,7 +38,7 @@ refused() {
     local ok=0 bad=0 options
     for options in -Ofast "-O2 -ffast-math" "-O2 -ffinite-math-only" \
         "-O2 -funsafe-math-optimizations"; do
-        # clang does not tell a program of this one
+        # clang defines no macro for this option
         [[ $options == *unsafe* && $($CC --version) == *clang* ]] && continue
         ! $CC -std=c11 $options $ARCH loopmdm.c -o build/test/fast -lm 2>build/test/fast.log &&
             grep -q 'compile loopmdm without -Ofast and -ffast-math' build/test/fast.log
@@ -66,7 +66,8 @@ make_train() {
     [ "$(cut -d, -f1 build/run/log.csv | tr '\n' ' ')" = "step 1 2 3 4 5 " ]
     check "make train goes on where it was" $?
     [ "$(grep -caE '^ +[123468] +[0-9]+ +[0-9.]+ \+- ' second.log)" -eq 6 ] &&
-        grep -qa "^Kate had a small.* to eat in the field. Then Tom came.*, but he had" second.log
+        tr '\n' ' ' <second.log |
+        grep -qa "Kate had a small.* to eat in the field. Then Tom came.*, but he had nothing"
     check "make train ends with the NELBO of six numbers of loops, and with samples" $?
     cd - >/dev/null
     rm -rf "$folder"
@@ -179,7 +180,7 @@ start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start alone alone
 start refused refused
-start fuzz build/fuzz 4000
+start fuzz sh -c 'make -s build/fuzz && build/fuzz 4000'
 start kill bash dev/test/kill.sh 20
 start full_disk bash dev/test/full_disk.sh
 start make_train make_train
