@@ -25,7 +25,7 @@ files of a failed input are kept in build/fuzz_failed/NUMBER.
 
 // ---- what the program calls in the place of the C library ----
 
-enum { MOST_MEMORY = 8 << 20, MOST_SECONDS = 20 };
+enum { MOST_MEMORY = 8 << 20, MOST_SECONDS = 60 };
 static int until_failure; // allocation number until_failure fails, from 1; 0: none
 
 // An accepted input is small, so one that needs much memory must find the program's own words.
