@@ -1929,14 +1929,14 @@ static int encode_start(const Model *m, const Tokenizer *t, int *x, const char *
 typedef struct { int n, *T, *x; } Starts;
 
 // Reads --fill-file. Sets lines to those of its lines that hold more than space; returns how many.
-static int read_templates(char ***lines) {
+static int read_templates(const char ***lines) {
     size_t size;
     int n = 0;
     char *file = read_text(opt_fill_file, &size);
     if (strlen(file) < size)
         die(FAILED, "%s holds a zero byte, so it is no text: write one template in a line",
             opt_fill_file);
-    *lines = (char **)allocate(size, sizeof(char *), "the templates");
+    *lines = (const char **)allocate(size, sizeof(char *), "the templates");
     for (char *line = strtok(file, "\n"); line; line = strtok(NULL, "\n"))
         if (line[strspn(line, " \t")]) (*lines)[n++] = line;
     if (!n) die(FAILED, "%s has no template: write one in a line", opt_fill_file);
@@ -1945,16 +1945,16 @@ static int read_templates(char ***lines) {
 
 static Starts read_starts(const Model *m, const Tokenizer *t, SampleOptions o) {
     int most = m->config.max_seq_len;
-    char where[64], *text = (char *)(opt_prompt ? opt_prompt : ""), **texts = &text;
-    const char *option = "--prompt";
+    const char *option = "--prompt", *text = opt_prompt ? opt_prompt : "", **texts = &text;
+    char where[64];
     Starts s = {1, NULL, NULL};
     if (opt_fill) {
         option = "--fill";
-        text = (char *)opt_fill;
+        text = opt_fill;
     }
     if (opt_puzzle) {
         option = "--puzzle";
-        text = (char *)opt_puzzle;
+        text = opt_puzzle;
     }
     if (opt_fill_file) {
         option = where;
