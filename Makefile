@@ -146,8 +146,7 @@ build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
 		--input build/stories_$*.txt --output $@
 
 TRAIN = --fixed-rows --layers 4 --channels 64 --heads 4 --seq-len 96 --loop 1:3 --max-loops 4 \
-	--batch 4 --steps 10000 --lr 3e-3 --warmup 300 --clip 0.5 --weight-decay 0.01 \
-	--val-every 2000 --save-every 1000
+	--batch 8 --steps 5000 --lr 5e-3 --warmup 400 --val-every 1000
 FILL = 'Kate had a small ____ to eat in the field. Then Tom came ____, but he had nothing to ____.'
 train: loopmdm $(STORIES)
 	./loopmdm train --data build/stories_train.bin --val-data build/stories_val.bin \

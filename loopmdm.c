@@ -58,7 +58,6 @@ Results do not depend on the number of threads, not even in the last bit.
 #error "compile loopmdm without -Ofast and -ffast-math: they give wrong results and hide NaN"
 #endif
 #ifdef _OPENMP
-#include <omp.h>
 #define OMP(directive) _Pragma(#directive) // the compiler expands WORTH in it
 #define WORTH(operations) ((operations) > 20000) // enough work to wake up threads?
 #else
@@ -161,7 +160,7 @@ static Config preset(const char *name, int V) {
     if (!strcmp(name, "d2")) return (Config){32, V, padded(V), 2, 2, 32, 1, 2, 4};
     if (!strcmp(name, "nano")) return (Config){128, V, padded(V), 6, 4, 128, 1, 3, 4};
     if (!strcmp(name, "d6")) return (Config){256, V, padded(V), 6, 6, 288, 1, 3, 4};
-    if (!strcmp(name, "d12")) return (Config){1024, V, padded(V), 12, 12, 768, 1, 3, 8};
+    if (!strcmp(name, "d12")) return (Config){1024, V, padded(V), 12, 12, 768, 1, 3, 12};
     return (Config){0, V, padded(V), 0, 0, 0, 0, 0, 0};
 }
 
@@ -191,7 +190,7 @@ typedef struct {
     float *data;                // (total)
     float *tensor[NUM_TENSORS]; // where each tensor begins
     size_t size[NUM_TENSORS], per_layer[NUM_TENSORS], total;
-    int is_matrix[NUM_TENSORS]; // else it is a bias or belongs to LayerNorm
+    int is_matrix[NUM_TENSORS], ends_branch[NUM_TENSORS]; // 1: weights, wte, wpe; attproj, fcproj
 } Tensors;
 
 static void tensors_build(Tensors *t, Config c, float *data) { // with data = NULL only the sizes
@@ -205,6 +204,7 @@ static void tensors_build(Tensors *t, Config c, float *data) { // with data = NU
         t->size[i] = s[i].copies * t->per_layer[i];
         t->total += t->size[i];
         t->is_matrix[i] = s[i].in > 0;
+        t->ends_branch[i] = strstr(s[i].name, "proj") != NULL;
     }
 }
 
@@ -265,11 +265,10 @@ static void init_parameters(float *params, Config c, uint64_t seed) {
     tensors_build(&t, c, params);
     size_t C = c.channels;
     for (int i = 0; i < NUM_TENSORS; i++) {
-        double std = t.is_matrix[i] ? 0.8 / sqrt(c.channels) : 0;
-        // A layer adds numbers of size 0.85 (measured); GPT-2's 0.02 for embeddings would be lost.
-        if (i == WTE) std = 2 / sqrt(c.channels); // more would make the first logits too large
+        // A branch starts at zero: however deep the model is, all layers begin as the identity.
+        double std = t.is_matrix[i] && !t.ends_branch[i] ? 0.8 / sqrt(c.channels) : 0;
+        if (i == WTE) std = 2 / sqrt(c.channels);
         if (i == WPE) std = 0; // learned positions start at zero: they must not hide the words
-
         // Rotary positions, see rope(): the biases' part of q k^T depends only on the distance, and
         // each head begins by preferring distances of its own, so it soon finds its neighbours.
         if (i == QKVB) std = 1;
@@ -1013,14 +1012,15 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
     AdamWStep s = {(float)fmin(1, o.clip / (norm + 1e-6)), (float)o.beta1, (float)o.beta2, 0, 0, 0,
                    (float)o.eps, 0};
 
-    // The moments start at zero, which makes them too small at first. These factors correct it.
-    s.step_size = (float)(o.lr / (1 - pow(o.beta1, step)));
+    // The moments start at zero, which makes them too small at first. 1 - beta^step corrects it.
     s.correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
-
     // At first the average keeps less; otherwise its start would stay in it for long.
     s.ema = (float)fmin(o.ema, (1.0 + step) / (10 + step));
     for (int t = 0; t < NUM_TENSORS; t++) {
-        s.keep = (float)(1 - (m->params.is_matrix[t] ? o.lr * o.weight_decay : 0));
+        // All L layers add to one stream. There they learn L times slower, or it would jump.
+        double lr = m->params.ends_branch[t] ? o.lr / m->config.layers : o.lr;
+        s.step_size = (float)(lr / (1 - pow(o.beta1, step)));
+        s.keep = (float)(1 - (m->params.is_matrix[t] ? lr * o.weight_decay : 0));
         adamw(m, t, s);
     }
 }

@@ -44,7 +44,11 @@ class Config:
 
 PRESETS = {  # T, L, NH, C, a, b, S_max
     "d2": (32, 2, 2, 32, 1, 2, 4), "nano": (128, 6, 4, 128, 1, 3, 4),
-    "d6": (256, 6, 6, 288, 1, 3, 4), "d12": (1024, 12, 12, 768, 1, 3, 8),
+    "d6": (256, 6, 6, 288, 1, 3, 4), "d12": (1024, 12, 12, 768, 1, 3, 12),
+}
+RECIPES = {  # batch, accum, steps, warmup, lr, ema: the options of train that a preset sets
+    "d2": (16, 1, 2000, 200, 4e-3, 0.0), "nano": (8, 1, 4000, 400, 3e-3, 0.0),
+    "d6": (16, 1, 8000, 800, 2e-3, 0.0), "d12": (8, 8, 1000000, 2500, 3e-4, 0.9999),
 }
 
 def make_config(T, V, L, NH, C, a, b, S):
@@ -113,7 +117,8 @@ def random_uniform(seed, stream, step, index):
 
 def init_parameters(c, seed):
     """{name: float32 tensor}: initial parameters, bit for bit those of loopmdm.c."""
-    deviations = dict.fromkeys(("qkvw", "attprojw", "fcw", "fcprojw"), 0.8 / math.sqrt(c.channels))
+    # attprojw and fcprojw start at zero: each layer begins as the identity.
+    deviations = dict.fromkeys(("qkvw", "fcw"), 0.8 / math.sqrt(c.channels))
     deviations["wte"] = 2.0 / math.sqrt(c.channels)
     deviations["qkvb"] = 1.0  # each head begins with a preference for certain distances
     params = {}
@@ -223,13 +228,18 @@ class LoopMDM(torch.nn.Module):
 # ---- 4. Optimizer --------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW (arXiv 1711.05101) with loopmdm's betas and epsilon."""
-    # Only matrices decay: biases and LayerNorm's parameters are not what overfits.
+    """AdamW (arXiv 1711.05101) with loopmdm's betas, epsilon and shares of the learning rate."""
+    # Only matrices decay: biases and LayerNorm's parameters are not what overfits. All L layers add
+    # to one residual stream. What adds to it learns L times slower, or the sum would jump.
     matrices = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    branches = ("attprojw", "attprojb", "fcprojw", "fcprojb")
+    groups = {}
     for name, p in model.named_parameters():
-        groups[name not in matrices]["params"].append(p)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        share = 1 / model.config.layers if name in branches else 1.0
+        decay = weight_decay if name in matrices else 0.0
+        group = {"params": [], "lr": lr * share, "share": share, "weight_decay": decay}
+        groups.setdefault((share, decay), group)["params"].append(p)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def learning_rate(lr, floor, warmup, steps, step):
     """Linear warmup, then a cosine from lr down to floor * lr. step counts from 0."""
@@ -243,7 +253,7 @@ def update(model, optimizer, lr, clip, norm):
     for p in model.parameters():
         p.grad *= min(1.0, clip / (norm + 1e-6))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -515,14 +525,14 @@ def checkpoint_save(folder, run):
     moments = [run.optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") for p in params]
     both = {"config": astuple(run.model.config), "step": run.step}
     write_floats(os.path.join(folder, "state.bin"), params + moments + average, magic=STATE_MAGIC,
-                 version=2, **both, sequences=run.sequences, seed=run.seed, flops=run.flops,
+                 version=3, **both, sequences=run.sequences, seed=run.seed, flops=run.flops,
                  has_average=bool(average))
     write_floats(os.path.join(folder, "model.bin"), average or params, magic=MODEL_MAGIC, version=1,
                  **both)
 
 def checkpoint_load(folder, device="cpu", weight_decay=0.1):
     """The Run in state.bin."""
-    header, c, parts = read_floats(os.path.join(folder, "state.bin"), STATE_MAGIC, 2)
+    header, c, parts = read_floats(os.path.join(folder, "state.bin"), STATE_MAGIC, 3)
     params, m, v, *average = ({n: t.to(device) for n, t in part.items()} for part in parts)
     model = LoopMDM(c, params).to(device)
     optimizer = make_optimizer(model, 0.0, weight_decay)
@@ -585,6 +595,9 @@ def train(o):
     """The command train: as `loopmdm train`, with the same files."""
     T, L, NH, C, a, b, S = PRESETS[o.model]
     a, b = o.loop or (a, b)
+    for name, value in zip("batch accum steps warmup lr ema".split(), RECIPES[o.model]):
+        value = min(value, o.steps // 10) if name == "warmup" else value  # of a short training
+        setattr(o, name, value if getattr(o, name) is None else getattr(o, name))
     V = int(np.fromfile(o.tokenizer, np.uint32, 3)[2]) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,
                     o.max_loops or S)
@@ -692,15 +705,15 @@ def main(words=None):
     add([t], {"choices": PRESETS}, model="nano")
     add([t], {"choices": ["uniform", "fixed", "flops"]}, loop_dist="uniform")
     add([t], whole, vocab=0, layers=None, heads=None, channels=None, seq_len=None, max_loops=None,
-        steps=2000, accum=1, save_every=500, val_every=500, val_rows=256)
-    add([t], from_0, warmup=100)
-    add([t], real, lr=2e-3, floor=0.1, weight_decay=0.1, clip=1.0, ema=0.0)
+        batch=None, steps=None, accum=None, save_every=500, val_every=500, val_rows=256)
+    add([t], from_0, warmup=None)
+    add([t], real, lr=None, floor=0.1, weight_decay=0.1, clip=1.0, ema=None)
     add([t], {"type": whole_numbers}, loop=None)
     add([t, e], {"type": whole_numbers}, loops=None)
     add([t], {"action": "store_true"}, resume=False)
     add([t, e], {"action": "store_true"}, fixed_rows=False)
     add([e], whole, rows=1024)
-    add([t, e], whole, batch=16)
+    add([e], whole, batch=16)
     add([s], text, prompt="")
     add([s], {"choices": ORDERS}, order="confidence")
     add([s], whole, n=1, loops=None, length=None, steps=32, top_k=0, block=0)

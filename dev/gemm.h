@@ -22,6 +22,9 @@ piece of the operands in one cache.
 
 loopmdm.c includes this file. It has die(), min_int(), OMP, WORTH and the names AB, ABT, ATB, ADD.
 */
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #if defined(__AVX512F__)
 enum { VECTOR = 16, MR = 12 }; // floats in a vector; MR x 2 vectors of sums fill the registers
 #elif defined(__AVX__)

@@ -29,6 +29,9 @@ With -DBACKEND='"loopmdm.cu"' it is the same program for a GPU.
 #include <sys/ioctl.h>
 #include <time.h>
 #include <wchar.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -70,12 +73,12 @@ static const char *opt_prompt, *opt_fill, *opt_fill_file, *opt_puzzle, *opt_orde
 static const char *opt_text, *opt_input, *opt_output;
 static const char *opt_sample_steps = "32", *opt_eval_steps = "1,2,5,20";
 static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1, opt_vocab = -1;
-static int opt_max_loops = -1, opt_steps = 2000, opt_batch = 16, opt_accum = 1, opt_warmup = 100;
+static int opt_max_loops = -1, opt_steps = -1, opt_batch = -1, opt_accum = -1, opt_warmup = -1;
 static int opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256, opt_rows = 1024;
 static int opt_resume, opt_recompute, opt_fixed_rows, opt_sudoku, opt_exact_match, opt_watch;
 static int opt_show_loops, opt_length = -1, opt_n = 1, opt_top_k, opt_block, opt_rows_of;
-static int opt_buckets = 10, opt_threads;
-static double opt_lr = 2e-3, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1, opt_ema;
+static int opt_eval_batch = 16, opt_buckets = 10, opt_threads;
+static double opt_lr = -1, opt_ema = -1, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1;
 static double opt_temperature = 1, opt_eval_temperature, opt_top_p = 1, opt_threshold = 0.9;
 static uint64_t opt_seed = 1;
 
@@ -102,7 +105,7 @@ static const struct {
     {"tokenizer", TRAIN | TOKENIZE | SAMPLE | EVAL | ATTENTION, TEXT, &opt_tokenizer, 0, "FILE",
      "tokenizer; training copies it into the model's folder, where other commands find it"},
     {"model", TRAIN, TEXT, &opt_model, 0, "PRESET",
-     "d2, nano, d6 or d12; the next options change it (default nano)"},
+     "d2, nano, d6 or d12: a model and a recipe, see info; other options change it (default nano)"},
     {"model", EVAL | SAMPLE | ATTENTION, TEXT, &opt_model, 0, "FOLDER",
      "what train wrote into --out"},
     {"model", INFO | FLOPS, TEXT, &opt_model, 0, "MODEL",
@@ -127,20 +130,25 @@ static const struct {
      "as --fixed-rows, and all up to this token is context: only the rest is masked and learned"},
     {"ema", TRAIN, REAL, &opt_ema, 0, "DECAY",
      "also keep an average of the parameters, which keeps DECAY, such as 0.999, of itself in each "
-     "step; model.bin is then the average (--val-data still tries the last parameters)"},
+     "step; model.bin is then the average (--val-data still tries the last parameters); 0: none "
+     "(default: the preset's)"},
     {"out", TRAIN, TEXT, &opt_out, 0, "FOLDER", "where the model goes"},
     {"resume", TRAIN, FLAG, &opt_resume, 0, "",
      "continue from the checkpoint in --out, exactly, with the same options"},
-    {"steps", TRAIN, INTEGER, &opt_steps, 1, "N", "optimizer steps in all"},
-    {"batch", TRAIN | EVAL | INFO | ATTENTION, INTEGER, &opt_batch, 1, "B", "sequences at a time"},
+    {"steps", TRAIN, INTEGER, &opt_steps, 1, "N",
+     "optimizer steps in all (default: the preset's)"},
+    {"batch", TRAIN | INFO, INTEGER, &opt_batch, 1, "B",
+     "sequences at a time (default: the preset's)"},
+    {"batch", EVAL | ATTENTION, INTEGER, &opt_eval_batch, 1, "B", "sequences at a time"},
     {"accum", TRAIN, INTEGER, &opt_accum, 1, "N",
-     "batches whose gradients are added up for one step"},
+     "batches whose gradients are added up for one step (default: the preset's)"},
     {"recompute", TRAIN, FLAG, &opt_recompute, 0, "",
      "keep only each pass's input; the backward computes the rest again: less memory, slower"},
-    {"lr", TRAIN, REAL, &opt_lr, 0, "RATE", "highest learning rate"},
+    {"lr", TRAIN, REAL, &opt_lr, 0, "RATE", "highest learning rate (default: the preset's)"},
     {"floor", TRAIN, REAL, &opt_floor, 0, "SHARE",
      "where the learning rate ends, as a share of the highest"},
-    {"warmup", TRAIN, INTEGER, &opt_warmup, 0, "N", "steps over which the learning rate rises"},
+    {"warmup", TRAIN, INTEGER, &opt_warmup, 0, "N",
+     "steps over which the learning rate rises (default: the preset's, at most --steps / 10)"},
     {"weight-decay", TRAIN, REAL, &opt_weight_decay, 0, "RATE",
      "AdamW's weight decay, on matrices only"},
     {"clip", TRAIN, REAL, &opt_clip, 1e-9, "NORM", "largest norm of the gradient"},
@@ -218,7 +226,8 @@ static void print_default(int i) {
     const char *text = options[i].type == TEXT ? *(const char *const *)value : NULL;
     if (integer > 0) printf(" (default %d)", integer); // 0 and -1 mean that there is none
     if (text) printf(" (default %s)", text);
-    if (options[i].type == REAL) printf(" (default %g)", *(const double *)value);
+    double real = options[i].type == REAL ? *(const double *)value : -1;
+    if (real >= 0) printf(" (default %g)", real);
     if (options[i].type == SEED)
         printf(" (default %llu)", (unsigned long long)*(const uint64_t *)value);
 }
@@ -401,12 +410,42 @@ static int inference_loops(Config c, Loops *loops, int most) {
     return n;
 }
 
-// The preset --model with the options that change it.
+// How to train the presets: nano for some ten minutes, d6 for a few hours, d12 as in the paper.
+static const struct {
+    const char *preset;
+    int batch, accum, steps, warmup;
+    double lr, ema;
+} recipes[] = {
+    {"d2", 16, 1, 2000, 200, 4e-3, 0},
+    {"nano", 8, 1, 4000, 400, 3e-3, 0},
+    {"d6", 16, 1, 8000, 800, 2e-3, 0},
+    {"d12", 8, 8, 1000000, 2500, 3e-4, 0.9999},
+};
+
+// Options of the recipe that were not given are the preset's.
+static void recipe_from_preset(const char *name) {
+    int i = 0;
+    while (strcmp(recipes[i].preset, name)) i++;
+    if (opt_batch < 0) opt_batch = recipes[i].batch;
+    if (opt_accum < 0) opt_accum = recipes[i].accum;
+    if (opt_steps < 0) opt_steps = recipes[i].steps;
+    if (opt_warmup < 0) opt_warmup = min_int(recipes[i].warmup, opt_steps / 10); // a short training
+    if (opt_lr < 0) opt_lr = recipes[i].lr;
+    if (opt_ema < 0) opt_ema = recipes[i].ema;
+}
+
+static void print_recipe(void) {
+    printf("recipe: --steps %d --batch %d --accum %d --lr %g --warmup %d --ema %g\n", opt_steps,
+           opt_batch, opt_accum, opt_lr, opt_warmup, opt_ema);
+}
+
+// The model of the preset --model, and its recipe, with the options that change them.
 static Config config_from_options(int vocab_size) {
-    Config c = preset(opt_model ? opt_model : "nano", vocab_size);
+    const char *name = opt_model ? opt_model : "nano";
+    Config c = preset(name, vocab_size);
     int used = 0; // characters of --loop
-    if (!c.layers)
-        die(USAGE, "--model: there is no preset %s; they are d2, nano, d6, d12", opt_model);
+    if (!c.layers) die(USAGE, "--model: there is no preset %s; they are d2, nano, d6, d12", name);
+    recipe_from_preset(name);
 
     if (opt_seq_len > 0) c.max_seq_len = opt_seq_len; // -1: it was not given
     if (opt_layers > 0) c.layers = opt_layers;
@@ -504,7 +543,7 @@ typedef struct {
     double flops;      // of all steps so far
     int has_average, unused;
 } State;
-enum { STATE_MAGIC = 20260526, STATE_VERSION = 2 };
+enum { STATE_MAGIC = 20260526, STATE_VERSION = 3 };
 
 static void state_save(const Model *m, const char *folder, const State *state) {
     const float *parts[] = {m->params.data, m->moment1.data, m->moment2.data, m->ema.data};
@@ -1176,6 +1215,7 @@ static void print_training(const Training *t) {
            (long long)tokens);
     if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
     printf("\n");
+    print_recipe();
     print_memory(&t->model);
 }
 
@@ -1480,27 +1520,33 @@ static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
     free(masked);
 }
 
-// ---- --by-loop: does the state grow? Loops have no normalization of their own ----
+// ---- --by-loop: what does a loop do to the state? It has no normalization of its own ----
 
-// Adds to sum (3), for each state h0 (n) of C channels, its norm and, relative to it, the first and
-// second difference; h1 and h2 are the states one and two loops before.
+enum { NORM, CHANGE, SECOND, COSINE, NUM_BY_LOOP };
+
+// Adds to sum (NUM_BY_LOOP), for each state h0 (n) of C channels: its norm; relative to it, the
+// first and second difference; the cosine between the last step and the one before. h1 and h2 are
+// the states one and two loops before.
 static void add_differences(double *sum, const float *h0, const float *h1, const float *h2,
                             size_t n, int C) {
     for (size_t at = 0; at < n * C; at += C) {
-        double norm = 0, first = 0, second = 0;
+        double norm = 0, first = 0, second = 0, earlier = 0, product = 0;
         for (size_t i = at; i < at + C; i++) {
-            double x0 = h0[i], x1 = h1[i], x2 = h2[i];
-            norm += x0 * x0;
-            first += (x0 - x1) * (x0 - x1);
-            second += (x0 - 2 * x1 + x2) * (x0 - 2 * x1 + x2);
+            double x = h0[i], step = x - h1[i], step_before = (double)h1[i] - h2[i];
+            norm += x * x;
+            first += step * step;
+            second += (step - step_before) * (step - step_before);
+            earlier += step_before * step_before;
+            product += step * step_before;
         }
-        sum[0] += sqrt(norm);
-        sum[1] += sqrt(first / norm);
-        sum[2] += sqrt(second / norm);
+        sum[NORM] += sqrt(norm);
+        sum[CHANGE] += sqrt(first / norm);
+        sum[SECOND] += sqrt(second / norm);
+        if (first > 0 && earlier > 0) sum[COSINE] += product / sqrt(first * earlier); // else 0
     }
 }
 
-// sums (S+1, 3): of the state before the loop and after each of S loops.
+// sums (S+1, NUM_BY_LOOP): of the state before the loop and after each of S loops.
 static void sum_by_loop(Model *m, const Data *d, int S, double *sums) {
     Config c = m->config;
     int T = c.max_seq_len, C = c.channels, B = m->max_B;
@@ -1519,7 +1565,7 @@ static void sum_by_loop(Model *m, const Data *d, int S, double *sums) {
             float *h2 = states + (s + 1) % 3 * size;
             if (s > 0) run_layers(m, c.loop_start, c.loop_end);
             read_memory(h0, m->states, (size_t)n * T * C * sizeof(float));
-            add_differences(sums + 3 * s, h0, h1, h2, (size_t)n * T, C);
+            add_differences(sums + NUM_BY_LOOP * s, h0, h1, h2, (size_t)n * T, C);
         }
     }
     free(targets);
@@ -1527,26 +1573,25 @@ static void sum_by_loop(Model *m, const Data *d, int S, double *sums) {
 }
 
 static void eval_by_loop(Model *m, const Data *d, int S) {
-    double *sums = (double *)allocate(3 * (size_t)(S + 1), sizeof(double), "the table");
+    double *sums = (double *)allocate(NUM_BY_LOOP * (size_t)(S + 1), sizeof(double), "the table");
     double positions = (double)opt_rows * m->config.max_seq_len;
     sum_by_loop(m, d, S, sums);
     Csv csv;
-    csv_open(&csv, opt_by_loop, "loop,norm,change,second_difference");
-    printf("\nafter loop      norm    change  second difference\n");
+    csv_open(&csv, opt_by_loop, "loop,norm,change,second_difference,cosine");
+    printf("\nafter loop      norm    change  second difference  cosine of steps\n");
     for (int s = 0; s <= S; s++) {
-        double *sum = sums + 3 * s;
-        for (int i = 0; i < 3; i++) sum[i] /= positions; // now means
+        double mean[NUM_BY_LOOP];
+        for (int i = 0; i < NUM_BY_LOOP; i++) mean[i] = sums[NUM_BY_LOOP * s + i] / positions;
 
-        // The first difference needs one loop, the second two.
-        printf("%10d  %8.3f", s, sum[0]);
-        if (s > 0) printf("  %8.4f", sum[1]);
-        if (s > 1) printf("  %17.4f", sum[2]);
+        // A change needs one loop; a second difference and the cosine of two steps need two.
+        printf("%10d  %8.3f", s, mean[NORM]);
+        if (s > 0) printf("  %8.4f", mean[CHANGE]);
+        if (s > 1) printf("  %17.4f  %15.4f", mean[SECOND], mean[COSINE]);
         printf("\n");
-        fprintf(csv.file, "%d,%.6f,", s, sum[0]);
-        if (s > 0) fprintf(csv.file, "%.6f", sum[1]);
-        fprintf(csv.file, ",");
-        if (s > 1) fprintf(csv.file, "%.6f", sum[2]);
-        fprintf(csv.file, "\n");
+        fprintf(csv.file, "%d,%.6f,", s, mean[NORM]);
+        if (s > 0) fprintf(csv.file, "%.6f", mean[CHANGE]);
+        if (s > 1) fprintf(csv.file, ",%.6f,%.6f\n", mean[SECOND], mean[COSINE]);
+        else fprintf(csv.file, ",,\n");
     }
     csv_close(&csv);
     printf("written to %s\n", opt_by_loop);
@@ -1729,7 +1774,7 @@ static void eval(void) {
     check_rows(T);
     check_eval_options();
 
-    load_model(&m, file, min_int(opt_batch, opt_rows));
+    load_model(&m, file, min_int(opt_eval_batch, opt_rows));
     if (opt_sudoku || opt_exact_match) eval_solutions(&m, step, &data, t, loops, n);
     else eval_nelbo(&m, step, &data, t, loops, n);
     if (opt_by_t) eval_by_t(&m, &data, loops, n);
@@ -2210,7 +2255,7 @@ static void attention(void) {
     fix_rows(&d, opt_data, find_tokenizer(&tokenizer, &m) ? &tokenizer : NULL, T);
     check_rows(T);
     if (opt_csv) csv_check("--csv", opt_csv);
-    load_model(&m, file, min_int(opt_batch, opt_rows));
+    load_model(&m, file, min_int(opt_eval_batch, opt_rows));
 
     size_t size = (size_t)NH * opt_buckets; // of a pass
     Attention *table = (Attention *)allocate(P * size, sizeof(Attention), "the table");
@@ -2369,6 +2414,7 @@ static int model_or_preset(Model *m) {
         return model_open(m, opt_model)[AT_STEP];
     }
     model_build(m, config_from_options(opt_vocab < 0 ? 4096 : opt_vocab));
+    m->keeps_ema = opt_ema > 0;
     return -1;
 }
 
@@ -2382,6 +2428,7 @@ static void info(void) {
            "times\n", opt_model ? opt_model : "nano", c.layers, c.channels, c.heads, c.max_seq_len,
            c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
     if (step >= 0) printf("trained for %d steps\n", step);
+    else print_recipe();
     printf("\ntensor     shape                 parameters\n");
     for (int i = 0; i < NUM_TENSORS; i++) {
         char shape[64];
@@ -2392,8 +2439,9 @@ static void info(void) {
     printf("%-31s %11zu\n\n", "total", m.params.total);
     for (int recompute = 0; recompute < 2; recompute++) {
         // It has no memory, so this only sets m.bytes.
-        model_plan(&m, opt_batch, c.max_seq_len, c.max_loops, 1, recompute);
-        printf("training with --batch %d%s; ", opt_batch, recompute ? " --recompute" : "");
+        int B = opt_batch > 0 ? opt_batch : 16; // -1: a trained model, without a recipe
+        model_plan(&m, B, c.max_seq_len, c.max_loops, 1, recompute);
+        printf("training with --batch %d%s; ", B, recompute ? " --recompute" : "");
         print_memory(&m);
     }
 }

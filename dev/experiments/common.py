@@ -89,7 +89,7 @@ class Task:
 
 
 SMALL = {"layers": 4, "channels": pick(16, 64), "heads": 4, "loop": "1:3", "max-loops": 4,
-         "weight-decay": 0.01, "clip": 0.5, "lr": 2e-3, "batch": pick(4, 8)}
+         "lr": 2e-3, "batch": pick(4, 8)}
 PROBLEMS = {**SMALL, "seq-len": 72}
 PROBLEM_FILES = ("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok")
 TASKS = {

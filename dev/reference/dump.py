@@ -194,11 +194,15 @@ def sampler_cases(c, T):
 
 
 def case_parameters(c, seed):
-    """The initial parameters, moved away from zero and one, so that no gradient is trivial."""
+    """
+    The initial parameters, moved away from zero and one, so that no gradient is trivial, and with
+    branches that matter as much as in a trained model.
+    """
     params = R.init_parameters(c, seed)
     for i, (name, value) in enumerate(params.items()):
         u = R.random_uniform(seed, R.STREAM_INIT, 100 + i, np.arange(value.numel())) - 0.5
-        params[name] = value + 0.2 * torch.from_numpy(u.astype(np.float32).reshape(value.shape))
+        width = 4 / math.sqrt(c.channels) if name in ("attprojw", "fcprojw") else 0.2
+        params[name] = value + width * torch.from_numpy(u.astype(np.float32).reshape(value.shape))
     return params
 
 

@@ -142,7 +142,7 @@ experiments() {
     rm -rf $folder
     for script in dev/experiments/[a-z]*.py; do
         name=$(basename "$script" .py)
-        [ "$name" = common ] && continue
+        [[ $name = common || $name = starts ]] && continue
         $python "$script" --quick >$log 2>&1 &&
             ls $folder/"$name"*.csv $folder/"$name"*.png >/dev/null
         check "$name: table and figure" $? || tail -n 1 $log
@@ -155,6 +155,8 @@ experiments() {
     ! $python dev/experiments/flops.py --quick 2>$log >/dev/null && [ "$(wc -l <$log)" = 1 ] &&
         grep -q "was begun with other options" $log
     check "flops: a model with other options ends it with one line" $?
+    $python dev/experiments/starts.py --check --table >$log && grep -q '^tiny12_loop' $log
+    check "starts: its models are train_gpt2style.py's; its table" $? || tail -n 1 $log
     counted
 }
 

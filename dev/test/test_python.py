@@ -614,7 +614,7 @@ def tensors_of(path, magic, version):
 
 def check_model_file(what, folder):
     """model.bin has the average of the parameters if there is one, else the parameters."""
-    state = tensors_of(os.path.join(folder, "state.bin"), reference.STATE_MAGIC, 2)
+    state = tensors_of(os.path.join(folder, "state.bin"), reference.STATE_MAGIC, 3)
     model, = tensors_of(os.path.join(folder, "model.bin"), reference.MODEL_MAGIC, 1)
     averaged = len(state) == 4
     name = "average" if averaged else "parameters"

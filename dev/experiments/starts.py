@@ -1,0 +1,432 @@
+"""
+How should a model start? Hundreds of small models, each with its own initial parameters and recipe,
+trained on one GPU within ten minutes.
+
+A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
+its first dimension is the model, so one kernel works for all. Models of one seed see the same
+sequences, masks and numbers of loops: they differ only in what is compared. The model is that of
+train_gpt2style.py; --check compares the two.
+
+    python dev/experiments/starts.py --check
+    python dev/experiments/starts.py GROUP ... --data FOLDER --compile
+    python dev/experiments/starts.py --table
+
+FOLDER holds sudoku_train.bin, sudoku_val.bin, and the same of stories and tinystories. The results
+are added to dev/results/starts.csv, from which --table prints. It needs numpy and torch.
+"""
+import argparse
+import csv
+import math
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean as mean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SEEDS = (1, 2, 3)
+STARTS = ("std", "scaled", "zero", "gains")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model of a group has of its own."""
+    seed: int
+    start: str             # of attproj and fcproj, one of STARTS: see initial()
+    share: float           # of the learning rate, for attproj and fcproj
+    lr: float
+    warmup: float = 0.05   # share of the steps
+    clip: float = 0.5
+    beta2: float = 0.95
+    decay: float = 0.01
+    wte: float = 2.0       # standard deviation times sqrt(C)
+    bias: float = 1.0      # standard deviation of the biases of q and k
+    matrix: float = 0.8    # standard deviation times sqrt(C)
+    floor: float = 0.1     # where the learning rate ends, as a share
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that are trained together."""
+    task: str
+    V: int
+    T: int
+    fixed: bool       # sequences begin at multiples of T
+    layers: int
+    heads: int
+    channels: int
+    loop: tuple
+    max_loops: int
+    batch: int
+    steps: int
+    recipes: tuple
+    use: tuple = (1,)  # numbers of loops to evaluate with
+    rows: int = 1024   # sequences in an evaluation
+
+
+def compare(rates, shares=()):
+    """Returns the recipes of all starts, rates and seeds; zero also with a share of the rate."""
+    kinds = [(start, 1.0) for start in STARTS] + [("zero", share) for share in shares]
+    return tuple(Recipe(seed, *kind, lr) for kind in kinds for lr in rates for seed in SEEDS)
+
+
+def vary(kinds, changes, lr, seeds=SEEDS, **same):
+    """Returns recipes that differ from one of `kinds`, (start, share), in one of `changes`."""
+    return tuple(Recipe(seed, *kind, lr, **{**same, **change}) for kind in kinds
+                 for change in changes for seed in seeds)
+
+
+SUDOKU = dict(task="sudoku", V=7, T=36, fixed=True, heads=4, channels=64, batch=32, rows=4096)
+STORIES = dict(task="stories", V=703, T=96, fixed=True, heads=4, channels=64, batch=8)
+TINY = dict(task="tinystories", V=4096, T=128, fixed=False, heads=4, channels=128, batch=32,
+            rows=512)
+MDM = dict(loop=(0, 0), max_loops=1)
+LOOP4 = dict(loop=(1, 3), max_loops=4, use=(1, 2, 4, 8))
+LOOP12 = dict(loop=(1, 3), max_loops=12, use=(1, 2, 6, 12, 24))
+RATES4, RATES12 = (1e-3, 2e-3, 4e-3), (1e-3, 2e-3)
+SHARES4, SHARES12 = (0.354, 0.177), (0.204, 0.102)  # 1/sqrt(2 L), and half of that
+BOTH = (("zero", 1.0), ("gains", 1.0))
+CHANGES = (dict(bias=0.0), dict(wte=1.0), dict(wte=0.5), dict(clip=1.0), dict(clip=100.0),
+           dict(warmup=0.01), dict(beta2=0.99), dict(decay=0.1), dict(matrix=0.4))
+SLOW_CHANGES = (dict(bias=0.0), dict(wte=1.0), dict(wte=1.0, matrix=1.0), dict(clip=1.0),
+                dict(warmup=0.1), dict(beta2=0.99), dict(decay=0.1))
+NANO_CHANGES = (dict(), dict(decay=0.01), dict(beta2=0.99), dict(matrix=0.4), dict(wte=1.0),
+                dict(warmup=0.1), dict(floor=0.0))
+PAIR = dict(seeds=(1, 2), decay=0.1, clip=1.0)
+GROUPS = {
+    "sudoku4": Group(**SUDOKU, layers=4, **MDM, steps=5000, recipes=compare(RATES4)),
+    "sudoku4_loop": Group(**SUDOKU, layers=4, **LOOP4, steps=3500,
+                          recipes=compare(RATES4) + vary(BOTH, CHANGES, 2e-3)),
+    "stories4": Group(**STORIES, layers=4, **MDM, steps=4000, recipes=compare(RATES4)),
+    "stories4_loop": Group(**STORIES, layers=4, **LOOP4, steps=4000,
+                           recipes=compare(RATES4, SHARES4) + vary(BOTH, CHANGES, 2e-3)
+                           + vary([("zero", SHARES4[0])], SLOW_CHANGES, 2e-3)),
+    "tiny4": Group(**TINY, layers=4, **MDM, steps=2500, recipes=compare(RATES4)),
+    "tiny12": Group(**TINY, layers=12, **MDM, steps=2500, recipes=compare(RATES4, SHARES12)),
+    "tiny12_loop": Group(**TINY, layers=12, **LOOP12, steps=1600,
+                         recipes=compare(RATES12, SHARES12)),
+    "nano": Group(**{**TINY, "batch": 16}, layers=6, **LOOP4, steps=1600,
+                  recipes=vary([("gains", 1.0)], NANO_CHANGES, 4e-3, **PAIR)
+                  + vary([("gains", 1.0)], [{}], 8e-3, **PAIR)
+                  + vary([("zero", 1.0)], [{}], 2e-3, **PAIR)
+                  + vary([("zero", 1.0)], [{}], 4e-3, **PAIR)),
+}
+BLOCK_TENSORS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
+                 "fcw", "fcb", "fcprojw", "fcprojb", "attgain", "fcgain")
+
+
+def shapes(g):
+    """Returns {name: shape} of one model's tensors; in a layer's, L is the first dimension."""
+    L, C = g.layers, g.channels
+    return {"wte": (g.V + 1, C), "wpe": (g.T, C), "lnfw": (C,), "lnfb": (C,),
+            "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
+            "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C),
+            "fcw": (L, 4 * C, C), "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
+            "attgain": (L, C), "fcgain": (L, C)}
+
+
+def initial(g, r):
+    """
+    Returns one model's parameters as a vector. The starts differ in what a branch first adds to
+    the residual stream. std: attprojw and fcprojw are as wide as the other matrices; scaled: they
+    are divided by sqrt(2 L), as in GPT-2; zero: they are zero; gains: a gain for each channel,
+    trained from zero, multiplies what is added (in the other starts it is fixed at one).
+    """
+    generator, parts = torch.Generator().manual_seed(r.seed), []
+    branch = {"zero": 0, "scaled": 1 / math.sqrt(2 * g.layers)}.get(r.start, 1)
+    for name, shape in shapes(g).items():
+        u = (torch.rand(shape, generator=generator) - 0.5) * math.sqrt(12 / g.channels)
+        if name == "wte":
+            x = r.wte * u
+        elif name in ("qkvw", "fcw"):
+            x = r.matrix * u
+        elif name in ("attprojw", "fcprojw"):
+            x = r.matrix * branch * u
+        elif name == "qkvb":
+            x = r.bias * math.sqrt(g.channels) * u
+            x[:, 2 * g.channels:] = 0
+        else:
+            one = name in ("ln1w", "ln2w", "lnfw") or "gain" in name and r.start != "gains"
+            x = torch.full(shape, float(one))
+        parts.append(x.reshape(-1))
+    return torch.cat(parts)
+
+
+def block(h, w, cosine, sine, B, heads, half):
+    """h (M,B T,C) of M models through a layer; w: its tensors, each (M,..)."""
+    (ln1w, ln1b, qkvw, qkvb, attprojw, attprojb, ln2w, ln2b, fcw, fcb, fcprojw, fcprojb,
+     attgain, fcgain) = w
+    M, N, C = h.shape
+    T, D = N // B, C // heads
+    x = F.layer_norm(h, (C,)) * ln1w[:, None] + ln1b[:, None]
+    qkv = torch.bmm(x.to(half), qkvw.transpose(1, 2)) + qkvb[:, None]
+    q, k, v = qkv.view(M * B, T, 3, heads, D).permute(2, 0, 3, 1, 4)
+
+    def rope(x):
+        x0, x1 = x.float().chunk(2, dim=-1)
+        return torch.cat((x0 * cosine - x1 * sine, x1 * cosine + x0 * sine), dim=-1).to(half)
+
+    y = F.scaled_dot_product_attention(rope(q), rope(k), v.to(half))
+    y = y.transpose(1, 2).reshape(M, N, C)
+    h = h + attgain[:, None] * (torch.bmm(y, attprojw.transpose(1, 2)) + attprojb[:, None])
+    x = F.layer_norm(h, (C,)) * ln2w[:, None] + ln2b[:, None]
+    x = torch.bmm(x.to(half), fcw.transpose(1, 2)) + fcb[:, None]
+    x = F.gelu(x.float(), approximate="tanh").to(half)
+    return h + fcgain[:, None] * (torch.bmm(x, fcprojw.transpose(1, 2)) + fcprojb[:, None])
+
+
+def head(h, lnfw, lnfb, wte, targets, half):
+    """The cross entropies (M,K) of rows h (M,K,C)."""
+    x = F.layer_norm(h, h.shape[-1:]) * lnfw[:, None] + lnfb[:, None]
+    logits = torch.bmm(x.to(half), wte[:, :-1].transpose(1, 2)).float()
+    return torch.logsumexp(logits, -1) - logits.gather(2, targets[:, :, None]).squeeze(2)
+
+
+def adamw(p, grad, m1, m2, lr, scale, beta2, correct1, correct2, decay, slow):
+    """One step for all models; lr and scale to correct2 are (M,1), decay and slow (M,total)."""
+    grad = grad * scale
+    m1.mul_(0.9).add_(0.1 * grad)
+    m2.mul_(beta2).add_((1 - beta2) * grad * grad)
+    p.mul_(1 - lr * slow * decay).sub_(lr * slow * correct1 * m1 / ((m2 * correct2).sqrt() + 1e-8))
+
+
+class Models:
+    """The models of a group."""
+
+    def __init__(self, g, data, device, compiled):
+        self.g, self.device, self.sizes = g, device, {n: math.prod(s) for n, s in shapes(g).items()}
+        self.half = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.block, self.head, self.adamw = block, head, adamw
+        if compiled:
+            self.block, self.head, self.adamw = (
+                torch.compile(f, dynamic=False) for f in (block, head, adamw))
+        self.p = torch.stack([initial(g, r) for r in g.recipes]).to(device).requires_grad_()
+        self.M = len(g.recipes)
+        self.tokens, self.held = (
+            torch.from_numpy(np.fromfile(os.path.join(data, f"{g.task}_{kind}.bin"), np.uint16,
+                                         offset=1024).astype(np.int64)).to(device)
+            for kind in ("train", "val"))
+        D = g.channels // g.heads
+        angle = np.arange(g.T)[:, None] * 10000 ** (-2.0 * np.arange(D // 2) / D)
+        self.cosine, self.sine = (torch.from_numpy(f(angle).astype(np.float32)).to(device)
+                                  for f in (np.cos, np.sin))
+        N = g.batch * g.T  # the head's rows: half of the positions, and 8 standard deviations more
+        self.K = min(N, math.ceil(N / 2 + g.T / 2 + 8 * math.sqrt(N / 6)))
+
+    def tensors(self):
+        """Returns {name: tensor (M,..)}; of a layer's tensor, a list with one for each layer."""
+        found = {}
+        parts = self.p.split(list(self.sizes.values()), dim=1)
+        for part, (name, shape) in zip(parts, shapes(self.g).items()):
+            x = part.view(self.M, *shape)
+            matrix = name in ("qkvw", "attprojw", "fcw", "fcprojw")
+            x = x.to(self.half) if matrix else x
+            found[name] = x.unbind(1) if name in BLOCK_TENSORS else x
+        return found
+
+    def losses(self, targets, masked, weights, which, S):
+        """
+        targets, masked, weights (U,B,T): one batch for each seed; which (M): each model's seed.
+        Returns the NELBO estimates (M).
+        """
+        g, w, N = self.g, self.tensors(), self.g.batch * self.g.T
+        targets, masked, weights = (x.reshape(-1, N) for x in (targets, masked, weights))
+        x = torch.where(masked, g.V, targets)[which]
+        rows = torch.arange(self.M, device=self.device)[:, None] * (g.V + 1)
+        h = F.embedding(x + rows, w["wte"].reshape(-1, g.channels))
+        h = (h.view(self.M, g.batch, g.T, -1) + w["wpe"][:, None]).view(self.M, N, -1)
+        layers = list(zip(*(w[name] for name in BLOCK_TENSORS)))
+        a, b = g.loop
+        for layer in [*range(a)] + [*range(a, b)] * S + [*range(b, g.layers)]:
+            h = self.block(h, layers[layer], self.cosine, self.sine, g.batch, g.heads, self.half)
+
+        # The masked positions come first, then others, whose weight is zero.
+        place = torch.argsort(masked.logical_not().int(), dim=1, stable=True)[:, :self.K]
+        targets, weights = (x.gather(1, place)[which] for x in (targets, weights))
+        h = h.gather(1, place[which][:, :, None].expand(-1, -1, g.channels))
+        wte = w["wte"].to(self.half)
+        return (weights * self.head(h, w["lnfw"], w["lnfb"], wte, targets, self.half)).sum(1)
+
+    def noise(self, targets, generator):
+        """Masks as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
+        U, B, T = targets.shape
+        u = torch.rand(U, 1, generator=generator, device=self.device)
+        t = 1e-3 + (1 - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
+        u = torch.rand(U, B, T, generator=generator, device=self.device)
+        masked = u < t[:, :, None]
+        return masked, masked / (t[:, :, None] * B * T)
+
+    def evaluate(self, loops):
+        """Returns {S: NELBO (M) of held-out sequences}; all models see the same ones."""
+        g, found = self.g, {}
+        available = len(self.held) // g.T
+        which = torch.zeros(self.M, dtype=torch.long, device=self.device)
+        for S in loops:
+            generator = torch.Generator(self.device).manual_seed(1)
+            found[S] = torch.zeros(self.M, device=self.device)
+            for first in range(0, g.rows, g.batch):
+                rows = torch.arange(first, first + g.batch, device=self.device)
+                rows = rows * max(1, available // g.rows) % available
+                targets = self.held.view(-1)[rows[:, None] * g.T
+                                             + torch.arange(g.T, device=self.device)][None]
+                masked, weights = self.noise(targets, generator)
+                found[S] += self.losses(targets, masked, weights, which, S).detach()
+            found[S] = (found[S] * g.batch / g.rows).tolist()
+        return found
+
+    def train(self, steps, report):
+        """Trains all models. Calls report(step) at the end and on the way."""
+        g, device = self.g, self.device
+        seeds = sorted({r.seed for r in g.recipes})
+        which = torch.tensor([seeds.index(r.seed) for r in g.recipes], device=device)
+        generator = torch.Generator(device).manual_seed(seeds[0])
+        column = lambda name: torch.tensor([[getattr(r, name)] for r in g.recipes], device=device)
+        lr, warmup, clip, beta2, floor = map(column, ("lr", "warmup", "clip", "beta2", "floor"))
+        warmup = (warmup * steps).clamp(min=1)
+        decays = torch.cat([torch.full((n,), float(name in ("wte", "wpe", "qkvw", "attprojw",
+                                                            "fcw", "fcprojw")))
+                            for name, n in self.sizes.items()]).to(device)
+        decay = column("decay") * decays
+        branch = torch.cat([torch.full((n,), "proj" in name) for name, n in self.sizes.items()])
+        slow = torch.where(branch.to(device), column("share"), 1.0)
+        fixed = torch.tensor([r.start != "gains" for r in g.recipes], device=device)
+        gains = self.sizes["attgain"] * 2  # the last numbers of a model
+        m1, m2 = torch.zeros_like(self.p), torch.zeros_like(self.p)
+        loops, stride = random.Random(1), g.T if g.fixed else 1
+        count = (len(self.tokens) - g.T) // stride + 1
+        offsets = torch.arange(g.T, device=device)
+
+        for step in range(1, steps + 1):
+            begin = torch.randint(count, (len(seeds), g.batch, 1), generator=generator,
+                                  device=device) * stride
+            targets = self.tokens[begin + offsets]
+            masked, weights = self.noise(targets, generator)
+            S = loops.randint(1, g.max_loops)
+            self.losses(targets, masked, weights, which, S).sum().backward()
+            with torch.no_grad():
+                done = ((step - warmup) / (steps - warmup)).clamp(0, 1)
+                rate = lr * (step / warmup).clamp(max=1)
+                rate = rate * (floor + (1 - floor) * 0.5 * (1 + torch.cos(math.pi * done)))
+                grad = self.p.grad
+                grad[fixed, -gains:] = 0
+                scale = (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+                self.adamw(self.p.detach(), grad, m1, m2, rate, scale, beta2,
+                           torch.tensor(1 / (1 - 0.9 ** step), device=device),
+                           1 / (1 - beta2 ** step), decay, slow)
+                self.p.grad = None
+            if step in (20, steps // 2, steps):
+                report(step)
+
+
+def run(name, o):
+    """Trains a group and appends its results to the CSV file."""
+    g, device = GROUPS[name], torch.device(o.device)
+    steps = o.steps or g.steps
+    models = Models(g, o.data, device, o.compile)
+    began = [time.time(), 0]
+
+    def report(step):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.time()
+        print(f"{name}: step {step} of {steps}, {1e3 * (now - began[0]) / (step - began[1]):.1f} "
+              f"ms a step, {models.M} models", flush=True)
+        if step == steps:
+            fields, new = list(Recipe.__dataclass_fields__), not os.path.exists(o.out)
+            with open(o.out, "a", newline="") as file:
+                write = csv.writer(file, lineterminator="\n").writerow
+                if new:
+                    write(["group", "steps", *fields, "loops", "nelbo"])
+                for S, losses in models.evaluate(g.use).items():
+                    for r, loss in zip(g.recipes, losses):
+                        write([name, steps, *(getattr(r, f) for f in fields), S, f"{loss:.5f}"])
+        began[:] = [time.time(), step]
+
+    models.train(steps, report)
+
+
+def table(path):
+    """Prints the results: the mean of the seeds, their lowest and highest, by loops in use."""
+    found = defaultdict(lambda: defaultdict(list))
+    names = [f for f in Recipe.__dataclass_fields__ if f != "seed"]
+    for line in csv.DictReader(open(path)):
+        key = line["group"], *(float(line[n]) if n != "start" else line[n] for n in names)
+        found[key][int(line["loops"])].append(float(line["nelbo"]))
+    before = None
+    for (group, *recipe), by_loops in found.items():
+        if group != before:
+            columns = ["start", "share", "rate", "different", *(f"S={S}" for S in by_loops)]
+            print(f"\n{group}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        before, r = group, dict(zip(names, recipe))
+        usual = {**{f: Recipe.__dataclass_fields__[f].default for f in names},
+                 **({"decay": 0.1, "clip": 1.0} if group == "nano" else {})}
+        different = ", ".join(f"{n} {r[n]:g}" for n in names[3:] if r[n] != usual[n])
+        cells = (f"{mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in by_loops.values())
+        print(f"| {r['start']} | {r['share']:g} | {r['lr']:g} | {different} | "
+              + " | ".join(cells) + " |")
+
+
+def check():
+    """Compares two models of a group with train_gpt2style.py: losses and gradients."""
+    sys.path.insert(0, ".")
+    import train_gpt2style as reference
+    g = Group("check", 50, 16, True, 3, 2, 8, (1, 2), 3, 4, 1,
+              (Recipe(1, "scaled", 1, 1e-3), Recipe(2, "std", 1, 1e-3)))
+    rng = np.random.default_rng(1)
+    os.makedirs("build", exist_ok=True)
+    for kind in ("train", "val"):
+        with open(f"build/check_{kind}.bin", "wb") as file:
+            file.write(bytes(1024) + rng.integers(0, 50, 4096).astype(np.uint16).tobytes())
+    models = Models(g, "build", torch.device("cpu"), False)
+    targets = models.tokens[:2 * 64].view(2, 4, 16)
+    masked, weights = models.noise(targets, torch.Generator().manual_seed(1))
+    which = torch.tensor([0, 1])
+    losses = models.losses(targets, masked, weights, which, 3)
+    losses.sum().backward()
+    for i in range(2):
+        c = reference.make_config(16, 50, 3, 2, 8, 1, 2, 3)
+        parts = models.p.detach()[i].split(list(models.sizes.values()))
+        params = {n: x.view(s) for (n, s), x in zip(shapes(g).items(), parts) if "gain" not in n}
+        params["wte"] = torch.cat((params["wte"], torch.zeros(c.padded_vocab - 51, 8)))
+        model = reference.LoopMDM(c, {n: params[n] for n in reference.tensor_shapes(c)})
+        loss = model.loss(torch.where(masked, 50, targets)[i], targets[i], weights[i].float(), 3)
+        loss.backward()
+        grads = dict(zip(shapes(g), models.p.grad[i].split(list(models.sizes.values()))))
+        worst = max((grads[n].view(-1) - p.grad.view(-1)[:grads[n].numel()]).abs().max().item()
+                    for n, p in model.named_parameters())
+        print(f"model {i}: loss differs by {abs(loss.item() - losses[i].item()):.1e}, "
+              f"gradients by {worst:.1e}")
+        if not abs(loss.item() - losses[i].item()) < 1e-5 or not worst < 1e-5:
+            sys.exit("FAIL")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--check", action="store_true", help="compare with train_gpt2style.py")
+    parser.add_argument("--table", action="store_true", help="print what was found")
+    parser.add_argument("--data", default="build", help="folder of the token shards")
+    parser.add_argument("--out", default="dev/results/starts.csv", help="results are added to it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="other than the group's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: three times as fast")
+    o = parser.parse_args()
+    unknown = [name for name in o.groups if name not in GROUPS]
+    if unknown or not (o.groups or o.check or o.table):
+        parser.error(f"no group {unknown[0]}" if unknown else "GROUP, --check or --table")
+    if o.check:
+        check()
+    for name in o.groups:
+        run(name, o)
+    if o.table:
+        table(o.out)
+
+
+if __name__ == "__main__":
+    main()
