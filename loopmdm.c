@@ -190,7 +190,8 @@ typedef struct {
     float *data;                // (total)
     float *tensor[NUM_TENSORS]; // where each tensor begins
     size_t size[NUM_TENSORS], per_layer[NUM_TENSORS], total;
-    int is_matrix[NUM_TENSORS], ends_branch[NUM_TENSORS]; // 1: weights, wte, wpe; attproj, fcproj
+    int is_matrix[NUM_TENSORS];   // else it is a bias or belongs to LayerNorm
+    int ends_branch[NUM_TENSORS]; // attproj, fcproj: what a layer adds to the residual stream
 } Tensors;
 
 static void tensors_build(Tensors *t, Config c, float *data) { // with data = NULL only the sizes
@@ -265,9 +266,9 @@ static void init_parameters(float *params, Config c, uint64_t seed) {
     tensors_build(&t, c, params);
     size_t C = c.channels;
     for (int i = 0; i < NUM_TENSORS; i++) {
-        // A branch starts at zero: however deep the model is, all layers begin as the identity.
+        // attproj and fcproj start at zero: at first no layer changes the stream, however many.
         double std = t.is_matrix[i] && !t.ends_branch[i] ? 0.8 / sqrt(c.channels) : 0;
-        if (i == WTE) std = 2 / sqrt(c.channels);
+        if (i == WTE) std = 2 / sqrt(c.channels); // more would make the first logits too large
         if (i == WPE) std = 0; // learned positions start at zero: they must not hide the words
         // Rotary positions, see rope(): the biases' part of q k^T depends only on the distance, and
         // each head begins by preferring distances of its own, so it soon finds its neighbours.
@@ -1014,10 +1015,9 @@ static void model_update(Model *m, AdamW o, double norm, int step) {
 
     // The moments start at zero, which makes them too small at first. 1 - beta^step corrects it.
     s.correct = (float)(1 / sqrt(1 - pow(o.beta2, step)));
-    // At first the average keeps less; otherwise its start would stay in it for long.
-    s.ema = (float)fmin(o.ema, (1.0 + step) / (10 + step));
+    s.ema = (float)fmin(o.ema, (1.0 + step) / (10 + step)); // at first less, or its start stays
     for (int t = 0; t < NUM_TENSORS; t++) {
-        // All L layers add to one stream. There they learn L times slower, or it would jump.
+        // All L layers add to one stream. What adds to it learns L times slower, or it would jump.
         double lr = m->params.ends_branch[t] ? o.lr / m->config.layers : o.lr;
         s.step_size = (float)(lr / (1 - pow(o.beta1, step)));
         s.keep = (float)(1 - (m->params.is_matrix[t] ? lr * o.weight_decay : 0));
@@ -1066,12 +1066,12 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * done)));
 }
 
-typedef struct { uint64_t seed; int sequences, B; } Recipe; // of a step, B at a time (B divides it)
+typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step; B divides sequences
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
 // Adds the gradient of step number step (from 0) with S loops to m->grads. The step takes random
 // sequences of the data, each with its own noise.
-static Gradient train_gradient(Model *m, const Data *d, Recipe r, int step, int S) {
+static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int S) {
     int T = m->config.max_seq_len, B = r.B;
     uint64_t available = (uint64_t)data_sequences(d, T, d->stride);
     int *targets = (int *)allocate((size_t)B * (T + 1), sizeof(int), "a batch");
@@ -1431,7 +1431,7 @@ static void train(void) {
     double lr = number("--lr", 2e-3, 0), warmup = number("--warmup", 100, 0);
     const char *out = option("--out", NULL), *path = option("--data", NULL);
     Data data = data_open(&path, 1, c.vocab_size, c.max_seq_len);
-    Recipe recipe = {(uint64_t)number("--seed", 1, 0), B, B};
+    Batches batches = {(uint64_t)number("--seed", 1, 0), B, B};
     check_options();
     if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
 
@@ -1439,11 +1439,11 @@ static void train(void) {
     model_build(&m, c);
     model_reserve(&m, B, c.max_seq_len, c.max_loops, 1, 0); // for training, without recompute
     float *params = (float *)allocate(m.params.total, sizeof(float), "the parameters");
-    init_parameters(params, c, recipe.seed);
+    init_parameters(params, c, batches.seed);
     model_set_parameters(&m, params); // a GPU has memory of its own
     for (int step = 0; step < steps; step++) {
-        int S = draw_loops(c.max_loops, recipe.seed, step);
-        Gradient g = train_gradient(&m, &data, recipe, step, S);
+        int S = draw_loops(c.max_loops, batches.seed, step);
+        Gradient g = train_gradient(&m, &data, batches, step, S);
         AdamW o = {learning_rate(lr, 0.1, (int)warmup, steps, step), 0.9, 0.95, 1e-8, 0.1, 1, 0};
         model_update(&m, o, g.norm, step + 1);
         printf("step %d/%d | loss %.4f | loops %d\n", step + 1, steps, g.loss, S);

@@ -553,7 +553,7 @@ static void reference_training(Reference *r, int average) {
     const float *norm = DUMP_FLOATS(d, 10, "%s_norm", prefix);
     const int *drawn = DUMP_INTS(d, 10, "%s_loops", prefix);
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, average ? 0.4 : 0};
-    Recipe recipe = {(uint64_t)r->seed, 2 * r->B, r->B};
+    Batches batches = {(uint64_t)r->seed, 2 * r->B, r->B};
     double loss_error = 0, norm_error = 0, drawn_error = 0;
 
     // A model of its own, because the steps change the parameters
@@ -568,8 +568,8 @@ static void reference_training(Reference *r, int average) {
     if (average) write_tensors(&m.ema, params); // the average begins as the parameters
 
     for (int step = 0; step < steps; step++) {
-        int S = draw_loops(r->config.max_loops, recipe.seed, step);
-        Gradient g = train_gradient(&m, &r->data, recipe, step, S);
+        int S = draw_loops(r->config.max_loops, batches.seed, step);
+        Gradient g = train_gradient(&m, &r->data, batches, step, S);
         o.lr = learning_rate(1e-3, 0.1, 3, 10, step);
         model_update(&m, o, g.norm, step + 1);
         loss_error = worse(loss_error, fabs(g.loss - loss[step]) / fmax(1, loss[step]));
@@ -1174,7 +1174,7 @@ static void check_optimizer(void) {
         error += fabs(learning_rate(1, 0.1, 10, 110, points[i].step) - points[i].rate);
     check("learning rate", error, 1e-12, "warmup, top, middle, end");
 
-    // lr 0.5 and weight decay 0.1 take 0.05 from a matrix. What learns slower also decays slower.
+    // lr 0.5 and weight decay 0.1 take 0.05 of a matrix. What learns slower also decays slower.
     Config c = small_config(1, 3);
     Shape shapes[NUM_TENSORS];
     Model m;
@@ -1771,7 +1771,7 @@ static void check_by_loop(void) {
 
     memset(sum, 0, sizeof sum);
     add_differences(sum, h0, h0, h2, 1, 2);
-    check("a state that stands still has cosine 0", fabs(sum[COSINE]), 0, "not NaN");
+    check("a state that stands still has cosine 0", fabs(sum[LOOP_COSINE]), 0, "not NaN");
 }
 
 // End-of-text that fills up a sequence is no byte of its text.

@@ -596,7 +596,7 @@ def train(o):
     T, L, NH, C, a, b, S = PRESETS[o.model]
     a, b = o.loop or (a, b)
     for name, value in zip("batch accum steps warmup lr ema".split(), RECIPES[o.model]):
-        value = min(value, o.steps // 10) if name == "warmup" else value  # of a short training
+        value = min(value, o.steps // 10) if name == "warmup" else value  # --steps is already set
         setattr(o, name, value if getattr(o, name) is None else getattr(o, name))
     V = int(np.fromfile(o.tokenizer, np.uint32, 3)[2]) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,

@@ -138,7 +138,7 @@ static const struct {
     {"steps", TRAIN, INTEGER, &opt_steps, 1, "N",
      "optimizer steps in all (default: the preset's)"},
     {"batch", TRAIN | INFO, INTEGER, &opt_batch, 1, "B",
-     "sequences at a time (default: the preset's)"},
+     "sequences at a time (default: the preset's; info of a trained model: 16)"},
     {"batch", EVAL | ATTENTION, INTEGER, &opt_eval_batch, 1, "B", "sequences at a time"},
     {"accum", TRAIN, INTEGER, &opt_accum, 1, "N",
      "batches whose gradients are added up for one step (default: the preset's)"},
@@ -410,7 +410,7 @@ static int inference_loops(Config c, Loops *loops, int most) {
     return n;
 }
 
-// How to train the presets: nano for some ten minutes, d6 for a few hours, d12 as in the paper.
+// How to train the presets: nano for a quarter of an hour on two cores, d6 for a night.
 static const struct {
     const char *preset;
     int batch, accum, steps, warmup;
@@ -543,7 +543,7 @@ typedef struct {
     double flops;      // of all steps so far
     int has_average, unused;
 } State;
-enum { STATE_MAGIC = 20260526, STATE_VERSION = 3 };
+enum { STATE_MAGIC = 20260526, STATE_VERSION = 3 }; // 3: attproj and fcproj learn slower
 
 static void state_save(const Model *m, const char *folder, const State *state) {
     const float *parts[] = {m->params.data, m->moment1.data, m->moment2.data, m->ema.data};
@@ -986,7 +986,7 @@ typedef struct {
     Model model;
     Tokenizer tokenizer; // with --tokenizer
     Data data, val_data;
-    Recipe recipe;
+    Batches batches;
     int loop_dist;
     int val_loops[MOST_LOOPS], num_val;
     double *nelbo;       // of each sequence in a validation
@@ -1065,12 +1065,12 @@ static void train_open(Training *t) {
     int T = c.max_seq_len;
     if (fmax((double)opt_batch * opt_accum, opt_val_rows) * T > INT_MAX / 4)
         die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", T);
-    const Recipe recipe = {opt_seed, opt_batch * opt_accum, opt_batch};
+    const Batches batches = {opt_seed, opt_batch * opt_accum, opt_batch};
     const State start = {
-        STATE_MAGIC, STATE_VERSION, c, 0, 0, recipe.sequences, opt_seed, 0, opt_ema > 0, 0
+        STATE_MAGIC, STATE_VERSION, c, 0, 0, batches.sequences, opt_seed, 0, opt_ema > 0, 0
     };
     t->loop_dist = choose("loop-dist", opt_loop_dist, dists, COUNT(dists));
-    t->recipe = recipe;
+    t->batches = batches;
     t->state = start;
     t->nelbo = (double *)allocate(max_int(opt_batch, opt_val_rows), sizeof(double), "validation");
     model_build(&t->model, c);
@@ -1284,7 +1284,7 @@ static void train_step(Training *t) {
     t->S = loops_of_step(m->config, t->loop_dist, s->step);
     t->lr = learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, s->step);
 
-    Gradient g = train_gradient(m, &t->data, t->recipe, s->step, t->S);
+    Gradient g = train_gradient(m, &t->data, t->batches, s->step, t->S);
     if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(t, s->step + 1, g.loss, g.norm);
     if (opt_resume && s->step == t->begin) state_is_good(t);
     s->step++;
@@ -1522,7 +1522,7 @@ static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
 
 // ---- --by-loop: what does a loop do to the state? It has no normalization of its own ----
 
-enum { NORM, CHANGE, SECOND, COSINE, NUM_BY_LOOP };
+enum { LOOP_NORM, LOOP_CHANGE, LOOP_SECOND, LOOP_COSINE, NUM_BY_LOOP };
 
 // Adds to sum (NUM_BY_LOOP), for each state h0 (n) of C channels: its norm; relative to it, the
 // first and second difference; the cosine between the last step and the one before. h1 and h2 are
@@ -1539,10 +1539,10 @@ static void add_differences(double *sum, const float *h0, const float *h1, const
             earlier += step_before * step_before;
             product += step * step_before;
         }
-        sum[NORM] += sqrt(norm);
-        sum[CHANGE] += sqrt(first / norm);
-        sum[SECOND] += sqrt(second / norm);
-        if (first > 0 && earlier > 0) sum[COSINE] += product / sqrt(first * earlier); // else 0
+        sum[LOOP_NORM] += sqrt(norm);
+        sum[LOOP_CHANGE] += sqrt(first / norm);
+        sum[LOOP_SECOND] += sqrt(second / norm);
+        if (first > 0 && earlier > 0) sum[LOOP_COSINE] += product / sqrt(first * earlier); // else 0
     }
 }
 
@@ -1584,13 +1584,13 @@ static void eval_by_loop(Model *m, const Data *d, int S) {
         for (int i = 0; i < NUM_BY_LOOP; i++) mean[i] = sums[NUM_BY_LOOP * s + i] / positions;
 
         // A change needs one loop; a second difference and the cosine of two steps need two.
-        printf("%10d  %8.3f", s, mean[NORM]);
-        if (s > 0) printf("  %8.4f", mean[CHANGE]);
-        if (s > 1) printf("  %17.4f  %15.4f", mean[SECOND], mean[COSINE]);
+        printf("%10d  %8.3f", s, mean[LOOP_NORM]);
+        if (s > 0) printf("  %8.4f", mean[LOOP_CHANGE]);
+        if (s > 1) printf("  %17.4f  %15.4f", mean[LOOP_SECOND], mean[LOOP_COSINE]);
         printf("\n");
-        fprintf(csv.file, "%d,%.6f,", s, mean[NORM]);
-        if (s > 0) fprintf(csv.file, "%.6f", mean[CHANGE]);
-        if (s > 1) fprintf(csv.file, ",%.6f,%.6f\n", mean[SECOND], mean[COSINE]);
+        fprintf(csv.file, "%d,%.6f,", s, mean[LOOP_NORM]);
+        if (s > 0) fprintf(csv.file, "%.6f", mean[LOOP_CHANGE]);
+        if (s > 1) fprintf(csv.file, ",%.6f,%.6f\n", mean[LOOP_SECOND], mean[LOOP_COSINE]);
         else fprintf(csv.file, ",,\n");
     }
     csv_close(&csv);

@@ -64,8 +64,8 @@ def program_arguments(o, S, folder, steps):
     return [o.program, "train", "--data", os.path.join(folder, "data.bin"), "--vocab", str(o.vocab),
             "--model", o.model, "--seq-len", str(config_of(o, S).max_seq_len),
             "--batch", str(o.batch), "--max-loops", str(S), "--loop-dist", "fixed",
-            "--steps", str(steps), "--threads", str(o.threads), "--out",
-            os.path.join(folder, "run")]
+            "--accum", "1", "--ema", "0", "--steps", str(steps), "--threads", str(o.threads),
+            "--out", os.path.join(folder, "run")]
 
 
 def remove_run(folder):

@@ -232,13 +232,13 @@ HOOK int main(int argc, char **argv) {
     Data data = {&shard, 1, 1, -1};
     for (int k = 0; k < shard.count; k++)
         tokens[k] = (uint16_t)(random_bits(1, STREAM_BATCH, 1, k) % V);
-    Recipe recipe = {1, B, B};
+    Batches batches = {1, B, B};
     AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
 
     double all = 0, best = 1e9, masked = 0, peak = bench_peak(0.3);
     for (int step = 0; step <= STEPS; step++) {
         double start = seconds();
-        Gradient g = train_gradient(&m, &data, recipe, step, S);
+        Gradient g = train_gradient(&m, &data, batches, step, S);
         model_update(&m, adamw, g.norm, step + 1);
         double took = seconds() - start;
         if (step == 0) { // the first step touches the memory and does not count

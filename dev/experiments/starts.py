@@ -3,16 +3,19 @@ How should a model start? Hundreds of small models, each with its own initial pa
 trained on one GPU within ten minutes.
 
 A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
-its first dimension is the model, so one kernel works for all. Models of one seed see the same
-sequences, masks and numbers of loops: they differ only in what is compared. The model is that of
-train_gpt2style.py; --check compares the two.
+its first dimension is the model, so one kernel works for all. All models of a group have the same
+numbers of loops, and those of one seed also the same sequences and masks: they differ only in what
+is compared. The model is that of train_gpt2style.py; --check compares losses and gradients.
 
+    make build/sudoku_train.bin build/sudoku_val.bin build/stories_train.bin build/stories_val.bin
+    .venv/bin/python dev/data/tinystories.py --input FILE --vocab 4096 --out build/text
+    for kind in train val; do cp build/text/$kind.bin build/tinystories_$kind.bin; done
+    python dev/experiments/starts.py GROUP ... --compile      trains; adds to dev/results/starts.csv
+    python dev/experiments/starts.py --table                  prints what is in there
     python dev/experiments/starts.py --check
-    python dev/experiments/starts.py GROUP ... --data FOLDER --compile
-    python dev/experiments/starts.py --table
 
-FOLDER holds sudoku_train.bin, sudoku_val.bin, and the same of stories and tinystories. The results
-are added to dev/results/starts.csv, from which --table prints. It needs numpy and torch.
+Several groups at a time, each in a process of its own, use a large GPU best. It needs numpy and
+torch.
 """
 import argparse
 import csv
@@ -69,10 +72,11 @@ class Group:
     rows: int = 1024   # sequences in an evaluation
 
 
-def compare(rates, shares=()):
-    """Returns the recipes of all starts, rates and seeds; zero also with a share of the rate."""
-    kinds = [(start, 1.0) for start in STARTS] + [("zero", share) for share in shares]
-    return tuple(Recipe(seed, *kind, lr) for kind in kinds for lr in rates for seed in SEEDS)
+def compare(rates, shares=(), share_rates=()):
+    """Returns all starts with these rates; and zero with shares of other rates. All seeds."""
+    kinds = [(start, 1.0, lr) for start in STARTS for lr in rates]
+    kinds += [("zero", share, lr) for share in shares for lr in share_rates]
+    return tuple(Recipe(seed, *kind) for kind in kinds for seed in SEEDS)
 
 
 def vary(kinds, changes, lr, seeds=SEEDS, **same):
@@ -90,7 +94,7 @@ LOOP4 = dict(loop=(1, 3), max_loops=4, use=(1, 2, 4, 8))
 LOOP12 = dict(loop=(1, 3), max_loops=12, use=(1, 2, 6, 12, 24))
 RATES4, RATES12 = (1e-3, 2e-3, 4e-3), (1e-3, 2e-3)
 SHARES4, SHARES12 = (0.354, 0.177), (0.204, 0.102)  # 1/sqrt(2 L), and half of that
-BOTH = (("zero", 1.0), ("gains", 1.0))
+ZERO, GAINS = [("zero", 1.0)], [("gains", 1.0)]
 CHANGES = (dict(bias=0.0), dict(wte=1.0), dict(wte=0.5), dict(clip=1.0), dict(clip=100.0),
            dict(warmup=0.01), dict(beta2=0.99), dict(decay=0.1), dict(matrix=0.4))
 SLOW_CHANGES = (dict(bias=0.0), dict(wte=1.0), dict(wte=1.0, matrix=1.0), dict(clip=1.0),
@@ -101,20 +105,21 @@ PAIR = dict(seeds=(1, 2), decay=0.1, clip=1.0)
 GROUPS = {
     "sudoku4": Group(**SUDOKU, layers=4, **MDM, steps=5000, recipes=compare(RATES4)),
     "sudoku4_loop": Group(**SUDOKU, layers=4, **LOOP4, steps=3500,
-                          recipes=compare(RATES4) + vary(BOTH, CHANGES, 2e-3)),
+                          recipes=compare(RATES4) + vary(ZERO + GAINS, CHANGES, 2e-3)),
     "stories4": Group(**STORIES, layers=4, **MDM, steps=4000, recipes=compare(RATES4)),
     "stories4_loop": Group(**STORIES, layers=4, **LOOP4, steps=4000,
-                           recipes=compare(RATES4, SHARES4) + vary(BOTH, CHANGES, 2e-3)
+                           recipes=compare(RATES4, SHARES4, RATES4)
+                           + vary(ZERO + GAINS, CHANGES, 2e-3)
                            + vary([("zero", SHARES4[0])], SLOW_CHANGES, 2e-3)),
     "tiny4": Group(**TINY, layers=4, **MDM, steps=2500, recipes=compare(RATES4)),
-    "tiny12": Group(**TINY, layers=12, **MDM, steps=2500, recipes=compare(RATES4, SHARES12)),
+    "tiny12": Group(**TINY, layers=12, **MDM, steps=2500,
+                    recipes=compare(RATES4, SHARES12, RATES12)),
     "tiny12_loop": Group(**TINY, layers=12, **LOOP12, steps=1600,
-                         recipes=compare(RATES12, SHARES12)),
+                         recipes=compare(RATES12, SHARES12, RATES12)),
     "nano": Group(**{**TINY, "batch": 16}, layers=6, **LOOP4, steps=1600,
-                  recipes=vary([("gains", 1.0)], NANO_CHANGES, 4e-3, **PAIR)
-                  + vary([("gains", 1.0)], [{}], 8e-3, **PAIR)
-                  + vary([("zero", 1.0)], [{}], 2e-3, **PAIR)
-                  + vary([("zero", 1.0)], [{}], 4e-3, **PAIR)),
+                  recipes=vary(GAINS, NANO_CHANGES, 4e-3, **PAIR)
+                  + vary(GAINS, [{}], 8e-3, **PAIR) + vary(GAINS, [{}], 1.6e-2, **PAIR)
+                  + vary(ZERO, [{}], 2e-3, **PAIR) + vary(ZERO, [{}], 4e-3, **PAIR)),
 }
 BLOCK_TENSORS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
                  "fcw", "fcb", "fcprojw", "fcprojb", "attgain", "fcgain")
@@ -137,6 +142,7 @@ def initial(g, r):
     are divided by sqrt(2 L), as in GPT-2; zero: they are zero; gains: a gain for each channel,
     trained from zero, multiplies what is added (in the other starts it is fixed at one).
     """
+    # All starts of a seed draw the same numbers. u has the standard deviation 1/sqrt(C).
     generator, parts = torch.Generator().manual_seed(r.seed), []
     branch = {"zero": 0, "scaled": 1 / math.sqrt(2 * g.layers)}.get(r.start, 1)
     for name, shape in shapes(g).items():
@@ -188,7 +194,7 @@ def head(h, lnfw, lnfb, wte, targets, half):
 
 
 def adamw(p, grad, m1, m2, lr, scale, beta2, correct1, correct2, decay, slow):
-    """One step for all models; lr and scale to correct2 are (M,1), decay and slow (M,total)."""
+    """One step for all models. lr, scale, beta2, correct2 (M,1); decay, slow (M,total)."""
     grad = grad * scale
     m1.mul_(0.9).add_(0.1 * grad)
     m2.mul_(beta2).add_((1 - beta2) * grad * grad)
@@ -200,6 +206,7 @@ class Models:
 
     def __init__(self, g, data, device, compiled):
         self.g, self.device, self.sizes = g, device, {n: math.prod(s) for n, s in shapes(g).items()}
+        # Matrix products are in bfloat16 on a GPU, as in loopmdm.cu.
         self.half = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.block, self.head, self.adamw = block, head, adamw
         if compiled:
@@ -215,7 +222,9 @@ class Models:
         angle = np.arange(g.T)[:, None] * 10000 ** (-2.0 * np.arange(D // 2) / D)
         self.cosine, self.sine = (torch.from_numpy(f(angle).astype(np.float32)).to(device)
                                   for f in (np.cos, np.sin))
-        N = g.batch * g.T  # the head's rows: half of the positions, and 8 standard deviations more
+        # The head's rows: half of the positions, and 8 standard deviations more. So practically no
+        # masked position is ever left out.
+        N = g.batch * g.T
         self.K = min(N, math.ceil(N / 2 + g.T / 2 + 8 * math.sqrt(N / 6)))
 
     def tensors(self):
@@ -263,6 +272,7 @@ class Models:
 
     def evaluate(self, loops):
         """Returns {S: NELBO (M) of held-out sequences}; all models see the same ones."""
+        # With gradients, which nobody uses: without them torch.compile would compile anew.
         g, found = self.g, {}
         available = len(self.held) // g.T
         which = torch.zeros(self.M, dtype=torch.long, device=self.device)
@@ -272,7 +282,7 @@ class Models:
             for first in range(0, g.rows, g.batch):
                 rows = torch.arange(first, first + g.batch, device=self.device)
                 rows = rows * max(1, available // g.rows) % available
-                targets = self.held.view(-1)[rows[:, None] * g.T
+                targets = self.held[rows[:, None] * g.T
                                              + torch.arange(g.T, device=self.device)][None]
                 masked, weights = self.noise(targets, generator)
                 found[S] += self.losses(targets, masked, weights, which, S).detach()
@@ -280,7 +290,7 @@ class Models:
         return found
 
     def train(self, steps, report):
-        """Trains all models. Calls report(step) at the end and on the way."""
+        """Trains all models. Calls report(step) on the way and at the end."""
         g, device = self.g, self.device
         seeds = sorted({r.seed for r in g.recipes})
         which = torch.tensor([seeds.index(r.seed) for r in g.recipes], device=device)
@@ -324,7 +334,7 @@ class Models:
 
 
 def run(name, o):
-    """Trains a group and appends its results to the CSV file."""
+    """Trains a group and adds its results to the CSV file."""
     g, device = GROUPS[name], torch.device(o.device)
     steps = o.steps or g.steps
     models = Models(g, o.data, device, o.compile)
@@ -333,21 +343,21 @@ def run(name, o):
     def report(step):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.time()
-        print(f"{name}: step {step} of {steps}, {1e3 * (now - began[0]) / (step - began[1]):.1f} "
-              f"ms a step, {models.M} models", flush=True)
-        if step == steps:
-            fields, new = list(Recipe.__dataclass_fields__), not os.path.exists(o.out)
-            with open(o.out, "a", newline="") as file:
-                write = csv.writer(file, lineterminator="\n").writerow
-                if new:
-                    write(["group", "steps", *fields, "loops", "nelbo"])
-                for S, losses in models.evaluate(g.use).items():
-                    for r, loss in zip(g.recipes, losses):
-                        write([name, steps, *(getattr(r, f) for f in fields), S, f"{loss:.5f}"])
+        took = (time.time() - began[0]) / (step - began[1])
+        print(f"{name}: step {step} of {steps}, {1e3 * took:.1f} ms a step, {models.M} models",
+              flush=True)
         began[:] = [time.time(), step]
 
     models.train(steps, report)
+    results, fields = models.evaluate(g.use), list(Recipe.__dataclass_fields__)
+    new = not os.path.exists(o.out)
+    with open(o.out, "a", newline="") as file:
+        write = csv.writer(file, lineterminator="\n").writerow
+        if new:
+            write(["group", "steps", *fields, "loops", "nelbo"])
+        for S, losses in results.items():
+            for r, loss in zip(g.recipes, losses):
+                write([name, steps, *(getattr(r, f) for f in fields), S, f"{loss:.5f}"])
 
 
 def table(path):
@@ -355,7 +365,8 @@ def table(path):
     found = defaultdict(lambda: defaultdict(list))
     names = [f for f in Recipe.__dataclass_fields__ if f != "seed"]
     for line in csv.DictReader(open(path)):
-        key = line["group"], *(float(line[n]) if n != "start" else line[n] for n in names)
+        values = (line[n] if n == "start" else float(line[n]) for n in names)
+        key = f"{line['group']}, {line['steps']} steps", *values
         found[key][int(line["loops"])].append(float(line["nelbo"]))
     before = None
     for (group, *recipe), by_loops in found.items():
@@ -364,7 +375,7 @@ def table(path):
             print(f"\n{group}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         before, r = group, dict(zip(names, recipe))
         usual = {**{f: Recipe.__dataclass_fields__[f].default for f in names},
-                 **({"decay": 0.1, "clip": 1.0} if group == "nano" else {})}
+                 **({"decay": 0.1, "clip": 1.0} if group.startswith("nano") else {})}
         different = ", ".join(f"{n} {r[n]:g}" for n in names[3:] if r[n] != usual[n])
         cells = (f"{mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in by_loops.values())
         print(f"| {r['start']} | {r['share']:g} | {r['lr']:g} | {different} | "
