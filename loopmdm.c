@@ -1066,7 +1066,7 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * done)));
 }
 
-typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step; B divides sequences
+typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step, B (a divisor) at a time
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
 // Adds the gradient of step number step (from 0) with S loops to m->grads. The step takes random

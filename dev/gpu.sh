@@ -53,8 +53,7 @@ all() {
     step 40 "d6: 200 steps" 4 build/loopmdm_cuda_bf16 train $data --model d6 --batch 64 \
         --steps 200 --warmup 50 --out build/test/gpu_run/d6
     step 60 "d12: 30 steps" 4 build/loopmdm_cuda_bf16 train $data --model d12 --batch 8 \
-        --accum 1 --ema 0 --steps 30 --warmup 10 --loops 1,12 \
-        --out build/test/gpu_run/d12
+        --accum 1 --ema 0 --steps 30 --warmup 10 --loops 1,12 --out build/test/gpu_run/d12
     step 60 "kernel studies" 60 make studies_cuda
     if $PYTHON -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
         step 100 "d6 beside PyTorch" 4 $PYTHON dev/bench/bench.py --device cuda --compile

@@ -1,6 +1,6 @@
 """
 How should a model start? Hundreds of small models, each with its own initial parameters and recipe,
-trained on one GPU within ten minutes.
+trained on one H100 in eleven minutes.
 
 A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
 its first dimension is the model, so one kernel works for all. All models of a group have the same
@@ -282,8 +282,8 @@ class Models:
             for first in range(0, g.rows, g.batch):
                 rows = torch.arange(first, first + g.batch, device=self.device)
                 rows = rows * max(1, available // g.rows) % available
-                targets = self.held[rows[:, None] * g.T
-                                             + torch.arange(g.T, device=self.device)][None]
+                places = rows[:, None] * g.T + torch.arange(g.T, device=self.device)
+                targets = self.held[places][None]
                 masked, weights = self.noise(targets, generator)
                 found[S] += self.losses(targets, masked, weights, which, S).detach()
             found[S] = (found[S] * g.batch / g.rows).tolist()

@@ -881,6 +881,18 @@ def check_closed_terminal():
           not os.path.exists(os.path.join(folder, "state.bin")))
 
 
+def check_presets():
+    """The presets are the same models, with the same recipes, in both programs."""
+    for name, (T, L, NH, C, a, b, S) in reference.PRESETS.items():
+        said = run_loopmdm("info", "--model", name)
+        recipe = re.search("recipe: (.*)", said)[1].split()
+        options = ["--batch", "--accum", "--steps", "--warmup", "--lr", "--ema"]
+        found = [float(recipe[recipe.index(option) + 1]) for option in options]
+        shape = f"{L} layers, {C} channels, {NH} heads, {T} positions, 4096 tokens, loop {a}:{b}"
+        check(f"preset {name}: model", f"{shape} up to {S} times" not in said)
+        check(f"preset {name}: recipe", found != list(map(float, reference.RECIPES[name])))
+
+
 def check_threads():
     """
     loopmdm sees to it that waiting threads do not spin, and that each stays on a core if there is
@@ -971,6 +983,7 @@ def main():
     check_closed_terminal()
     check_threads()
     check_wrong_cpu()
+    check_presets()
     check_names()
     check_zero_bytes()
     check_templates()
