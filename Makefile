@@ -203,10 +203,10 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
-	copying
+	copying recipes depth
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
 	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
-	$(if $(TINYSTORIES),build/tinystories/train.bin)
+	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories4096/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py \
 		$(if $(filter 1,$(QUICK)),--quick) || exit 1; done
@@ -224,9 +224,8 @@ build/problems1_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
 		--count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
 	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 \
 		--input build/problems1_$*.txt --output $@
-build/tinystories/train.bin: $(TINYSTORIES) | .venv/ready
-	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab 512 \
-		--out build/tinystories
+build/tinystories%/train.bin: $(TINYSTORIES) | .venv/ready
+	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab $* --out $(@D)
 
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu

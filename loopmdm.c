@@ -1413,7 +1413,7 @@ static double number(const char *name, double otherwise, double least) {
     char *end = (char *)text;
     double x = *text ? strtod(text, &end) : otherwise;
     if (*end || !(x >= least && x <= INT_MAX) || (least > 0 && x != floor(x))) // no default: 0
-        die(USAGE, "%s is %g or more%s, not '%s'", name, least, least > 0 ? ", whole" : "", text);
+        die(USAGE, "%s is %g to 2^31%s, not '%s'", name, least, least > 0 ? ", whole" : "", text);
     return x;
 }
 
@@ -1433,7 +1433,6 @@ static void train(void) {
     Data data = data_open(&path, 1, c.vocab_size, c.max_seq_len);
     Batches batches = {(uint64_t)number("--seed", 1, 0), B, B};
     check_options();
-    if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
 
     Model m;
     model_build(&m, c);
@@ -1441,6 +1440,7 @@ static void train(void) {
     float *params = (float *)allocate(m.params.total, sizeof(float), "the parameters");
     init_parameters(params, c, batches.seed);
     model_set_parameters(&m, params); // a GPU has memory of its own
+    if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(c.max_loops, batches.seed, step);
         Gradient g = train_gradient(&m, &data, batches, step, S);

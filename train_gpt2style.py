@@ -13,11 +13,11 @@ R masked positions. It needs numpy and torch; for text also Hugging Face's token
 raises ValueError, with one line that says what is wrong, if a file or an option makes no sense.
 """
 import argparse
+import filecmp
 import glob
 import itertools
 import math
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -47,12 +47,16 @@ PRESETS = {  # T, L, NH, C, a, b, S_max
     "d6": (256, 6, 6, 288, 1, 3, 4), "d12": (1024, 12, 12, 768, 1, 3, 12),
 }
 RECIPES = {  # batch, accum, steps, warmup, lr, ema: the options of train that a preset sets
-    "d2": (16, 1, 2000, 200, 4e-3, 0.0), "nano": (8, 1, 4000, 400, 3e-3, 0.0),
+    "d2": (16, 1, 2000, 200, 4e-3, 0.0), "nano": (8, 1, 4000, 300, 2e-3, 0.0),
     "d6": (16, 1, 8000, 800, 2e-3, 0.0), "d12": (8, 8, 1000000, 2500, 3e-4, 0.9999),
 }
 
 def make_config(T, V, L, NH, C, a, b, S):
     """A Config with the vocabulary padded."""
+    for name, value, most in (("layers", L, 1024), ("heads", NH, C), ("channels", C, 65536),
+                              ("positions", T, 65536), ("tokens", V, 65535), ("loops", S, 1024)):
+        if not 1 <= value <= most:
+            raise ValueError(f"impossible model: {value} {name}; there are 1 to {most}")
     if C % (2 * NH) or not 0 <= a <= b <= L:
         raise ValueError("channels / heads must be even, and a loop a:b has 0 <= a <= b <= layers")
     padded_vocab = (V + 64) // 64 * 64  # 63 -> 64, 64 -> 128: there is room for MASK
@@ -495,12 +499,20 @@ def write_floats(path, tensors, **fields):
         header[name] = value
     data = b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)
     header["crc"] = zlib.crc32(data, zlib.crc32(header.tobytes()))
-    # An interrupted write must not damage the old file: the new one gets its name when complete.
-    with open(path + ".tmp", "wb") as f:
-        f.write(header.tobytes() + data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    write_file(path, header.tobytes() + data)
+
+def write_file(path, data):
+    """Writes a file whole or not at all: it gets its name when it is complete."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        if os.path.exists(path + ".tmp"):
+            os.unlink(path + ".tmp")
+        raise ValueError(f"cannot write {path}: {error.strerror}; what was there stays") from None
 
 def read_floats(path, magic, version):
     """The header, the Config and the tensors, a list of {name: tensor}, of such a file."""
@@ -508,7 +520,8 @@ def read_floats(path, magic, version):
         data = f.read()
     header = np.frombuffer(data.ljust(1024, b"\0"), HEADER, 1)[0].copy()
     if header["magic"] != magic or header["version"] != version:
-        raise ValueError(f"{path} is not a checkpoint file of version {version}")
+        raise ValueError(f"{path} is no checkpoint of version {version}: its first numbers are "
+                         f"{header['magic']} and {header['version']}, not {magic} and {version}")
     crc, header["crc"] = int(header["crc"]), 0
     if zlib.crc32(data[1024:], zlib.crc32(header.tobytes())) != crc:
         raise ValueError(f"{path} is damaged: its checksum is wrong")
@@ -571,6 +584,21 @@ def open_data(pattern, tokenizer, o, c):
         separator = tokens.index(o.answers_after.encode())
     return data._replace(stride=stride, separator=separator)
 
+def check_folder(o, inputs):
+    """Raises if --out holds what must stay: a model without --resume, an input, other files."""
+    for name in ("model.bin", "state.bin", "tokenizer.bin", "log.csv"):
+        path = os.path.join(o.out, name)
+        if not os.path.lexists(path):
+            continue
+        if os.path.islink(path) or not os.path.isfile(path):
+            raise ValueError(f"{path} is a link, folder or device: choose another --out")
+        if not o.resume and name in ("model.bin", "state.bin"):
+            raise ValueError(f"{path} is already there: use --resume, or choose another --out")
+        if name == "tokenizer.bin" and o.tokenizer and not filecmp.cmp(path, o.tokenizer, False):
+            raise ValueError(f"--tokenizer is not {path}: give that one, or choose another --out")
+        if any(os.path.samefile(path, s.filename) for data in inputs for s in data.shards):
+            raise ValueError(f"--out: training would overwrite {path}, which is its data")
+
 def train_begin(o, c):
     """A new Run or, with --resume, the one in --out."""
     if o.resume:
@@ -579,37 +607,56 @@ def train_begin(o, c):
         if begun != (c, o.seed, o.batch * o.accum, o.ema > 0):
             raise ValueError("--resume: --out was begun with other options; model, --seed, --batch "
                              f"times --accum, and whether there is --ema: {begun}")
+        if run.step > o.steps:
+            raise ValueError(f"--resume: {o.out} is at step {run.step}, beyond --steps {o.steps}")
         checkpoint_save(o.out, run)  # model.bin may be of an earlier step
         return run
-    if os.path.exists(os.path.join(o.out, "model.bin")):
-        raise ValueError(f"{o.out} already holds a model: use --resume, or another --out")
     os.makedirs(o.out, exist_ok=True)
-    if o.tokenizer:
-        shutil.copyfile(o.tokenizer, os.path.join(o.out, "tokenizer.bin"))
+    if o.tokenizer and not os.path.exists(os.path.join(o.out, "tokenizer.bin")):
+        with open(o.tokenizer, "rb") as f:
+            write_file(os.path.join(o.out, "tokenizer.bin"), f.read())
     model = LoopMDM(c, init_parameters(c, o.seed)).to(o.device)
     average = [p.detach().clone() for p in model.parameters()] if o.ema > 0 else None
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
     return Run(model, optimizer, average, 0, o.batch * o.accum, o.seed, 0.0)
+
+def vocabulary_size(path):
+    """The number of tokens in a tokenizer.bin."""
+    header = np.fromfile(path, np.uint32, 3)
+    if len(header) < 3 or header[0] != 20240328:
+        raise ValueError(f"{path} is not a tokenizer.bin")
+    return int(header[2])
+
+def log_open(path, step, loops):
+    """log.csv, with its lines up to this step."""
+    columns = "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops"
+    columns += "".join(f",val_nelbo_s{S}" for S in loops) + "\n"
+    old = open(path).readlines() if step and os.path.exists(path) else [columns]
+    if old[:1] != [columns]:
+        raise ValueError(f"--resume: {path} has other columns: give --val-data and --loops as when "
+                         "it was begun")
+    log = open(path, "w")
+    log.write("".join(old[: 1 + step]))
+    return log
 
 def train(o):
     """The command train: as `loopmdm train`, with the same files."""
     T, L, NH, C, a, b, S = PRESETS[o.model]
     a, b = o.loop or (a, b)
     for name, value in zip("batch accum steps warmup lr ema".split(), RECIPES[o.model]):
-        value = min(value, o.steps // 10) if name == "warmup" else value  # --steps is already set
+        value = min(value, o.steps // 4) if name == "warmup" else value  # --steps is already set
         setattr(o, name, value if getattr(o, name) is None else getattr(o, name))
-    V = int(np.fromfile(o.tokenizer, np.uint32, 3)[2]) if o.tokenizer else o.vocab
+    if (o.tokenizer is None) == (o.vocab is None):
+        raise ValueError("train needs --tokenizer, or --vocab if the data have none")
+    V = vocabulary_size(o.tokenizer) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,
                     o.max_loops or S)
     data = open_data(o.data, o.tokenizer, o, c)
     val = open_data(o.val_data, o.tokenizer, o, c) if o.val_data else None
     loops = (o.loops or default_loops(c)) if val else []
+    check_folder(o, [data, val] if val else [data])
     run = train_begin(o, c)
-    path = os.path.join(o.out, "log.csv")
-    done = open(path).readlines()[1: 1 + run.step] if run.step and os.path.exists(path) else []
-    log = open(path, "w")
-    log.write("step,loops,t,loss,lr,grad_norm,tokens_per_s,flops")
-    log.write("".join(f",val_nelbo_s{S}" for S in loops) + "\n" + "".join(done))
+    log = log_open(os.path.join(o.out, "log.csv"), run.step, loops)
 
     tokens, begin, losses = run.sequences * c.max_seq_len, run.step, []
     while run.step < o.steps:
@@ -643,6 +690,9 @@ def train(o):
                             f"{speed:.0f},{run.flops:.9g}", *nelbo]) + "\n")
         if run.step % o.save_every == 0 or last:
             log.flush()
+            if not math.isfinite(evaluate(run.model, data, c.max_loops, o.batch, o.batch, o.seed)):
+                raise ValueError(f"step {run.step}: the loss is not finite, so this is not saved; "
+                                 "try a lower --lr")
             checkpoint_save(o.out, run)
 
 def default_loops(c):
@@ -675,24 +725,32 @@ def run_sample(o):
         text = b"".join(tokens[token] for token in ids[:end])
         print("\n" * (i > 0) + text.decode(errors="replace"), flush=True)
 
-def whole_numbers(text):
-    """The value of --loops or --loop: "1,2,4" -> [1, 2, 4], "1:3" -> [1, 3]"""
-    return [int(number) for number in text.replace(":", ",").split(",")]
-
-def at_least(least, kind=int):
+def number(least, most=2**31 - 1, kind=int):
     """The type of an option that takes a number."""
-    def number(text):
-        if not kind(text) >= least:  # NaN too
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+    def convert(text):
+        if not least <= kind(text) <= most:  # NaN too
+            raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
         return kind(text)
-    return number
+    convert.__name__ = "number"  # argparse's messages have it
+    return convert
+
+def loop_numbers(text):
+    """The value of --loops: "1,2,4" -> [1, 2, 4]"""
+    return [number(1, 100000)(word) for word in text.split(",")]
+
+def two_layers(text):
+    """The value of --loop: "1:3" -> [1, 3]"""
+    layers = text.split(":")
+    if len(layers) != 2 or not all(map(str.isdecimal, layers)):
+        raise argparse.ArgumentTypeError(f"takes two layers such as 1:3, not {text}")
+    return list(map(int, layers))
 
 def main(words=None):
     parser = argparse.ArgumentParser(epilog="The options are loopmdm's. Its --help explains them.")
     commands = parser.add_subparsers(required=True)
     t, e, s = map(commands.add_parser, ("train", "eval", "sample"))
-    text, real = {"type": str}, {"type": at_least(0, float)}
-    whole, from_0 = {"type": at_least(1)}, {"type": at_least(0)}
+    text, real = {"type": str}, {"type": number(0, math.inf, float)}
+    whole, from_0, share = ({"type": number(*a)} for a in ((1,), (0,), (0, 1, float)))
 
     def add(parsers, kind, **defaults):  # the default ... is for what must be given
         for (name, default), p in itertools.product(defaults.items(), parsers):
@@ -704,12 +762,16 @@ def main(words=None):
     add([t], text, out=..., val_data=None, tokenizer=None)
     add([t], {"choices": PRESETS}, model="nano")
     add([t], {"choices": ["uniform", "fixed", "flops"]}, loop_dist="uniform")
-    add([t], whole, vocab=0, layers=None, heads=None, channels=None, seq_len=None, max_loops=None,
-        batch=None, steps=None, accum=None, save_every=500, val_every=500, val_rows=256)
+    add([t], whole, vocab=None, layers=None, heads=None, channels=None, seq_len=None,
+        max_loops=None, batch=None, steps=None, accum=None, save_every=500, val_every=500,
+        val_rows=256)
     add([t], from_0, warmup=None)
-    add([t], real, lr=None, floor=0.1, weight_decay=0.1, clip=1.0, ema=None)
-    add([t], {"type": whole_numbers}, loop=None)
-    add([t, e], {"type": whole_numbers}, loops=None)
+    add([t], real, lr=None, weight_decay=0.1)
+    add([t], share, floor=0.1)
+    add([t], {"type": number(1e-9, math.inf, float)}, clip=1.0)
+    add([t], {"type": number(0, 1 - 2**-53, float)}, ema=None)
+    add([t], {"type": two_layers}, loop=None)
+    add([t, e], {"type": loop_numbers}, loops=None)
     add([t], {"action": "store_true"}, resume=False)
     add([t, e], {"action": "store_true"}, fixed_rows=False)
     add([e], whole, rows=1024)
@@ -718,15 +780,19 @@ def main(words=None):
     add([s], {"choices": ORDERS}, order="confidence")
     add([s], whole, n=1, loops=None, length=None, steps=32, top_k=0, block=0)
     add([s], real, temperature=1.0, top_p=1.0, threshold=0.9)
-    add([t, e, s], from_0, seed=1)
+    add([t, e, s], {"type": number(0, 2**64 - 1)}, seed=1)
     add([t, e, s], {"choices": ["cpu", "cuda"]}, device="cpu")
     for p, run in ((t, train), (e, run_eval), (s, run_sample)):
         p.set_defaults(run=run)
     o = parser.parse_args(words)
     try:
+        if o.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no GPU")
         o.run(o)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"train_gpt2style.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 if __name__ == "__main__":
     main()

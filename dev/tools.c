@@ -148,7 +148,7 @@ static const struct {
     {"floor", TRAIN, REAL, &opt_floor, 0, "SHARE",
      "where the learning rate ends, as a share of the highest"},
     {"warmup", TRAIN, INTEGER, &opt_warmup, 0, "N",
-     "steps over which the learning rate rises (default: the preset's, at most --steps / 10)"},
+     "steps over which the learning rate rises (default: the preset's, at most --steps / 4)"},
     {"weight-decay", TRAIN, REAL, &opt_weight_decay, 0, "RATE",
      "AdamW's weight decay, on matrices only"},
     {"clip", TRAIN, REAL, &opt_clip, 1e-9, "NORM", "largest norm of the gradient"},
@@ -417,7 +417,7 @@ static const struct {
     double lr, ema;
 } recipes[] = {
     {"d2", 16, 1, 2000, 200, 4e-3, 0},
-    {"nano", 8, 1, 4000, 400, 3e-3, 0},
+    {"nano", 8, 1, 4000, 300, 2e-3, 0},
     {"d6", 16, 1, 8000, 800, 2e-3, 0},
     {"d12", 8, 8, 1000000, 2500, 3e-4, 0.9999},
 };
@@ -429,14 +429,14 @@ static void recipe_from_preset(const char *name) {
     if (opt_batch < 0) opt_batch = recipes[i].batch;
     if (opt_accum < 0) opt_accum = recipes[i].accum;
     if (opt_steps < 0) opt_steps = recipes[i].steps;
-    if (opt_warmup < 0) opt_warmup = min_int(recipes[i].warmup, opt_steps / 10); // a short training
+    if (opt_warmup < 0) opt_warmup = min_int(recipes[i].warmup, opt_steps / 4); // a short training
     if (opt_lr < 0) opt_lr = recipes[i].lr;
     if (opt_ema < 0) opt_ema = recipes[i].ema;
 }
 
 static void print_recipe(void) {
-    printf("recipe: --steps %d --batch %d --accum %d --lr %g --warmup %d --ema %g\n", opt_steps,
-           opt_batch, opt_accum, opt_lr, opt_warmup, opt_ema);
+    printf("recipe: --steps %d --batch %d --accum %d --lr %.12g --warmup %d --ema %.12g\n",
+           opt_steps, opt_batch, opt_accum, opt_lr, opt_warmup, opt_ema);
 }
 
 // The model of the preset --model, and its recipe, with the options that change them.
@@ -562,6 +562,11 @@ static void state_save(const Model *m, const char *folder, const State *state) {
 static const State *state_open(const char *path) {
     size_t bytes;
     Model m; // without memory: it knows the sizes
+    int version = header_number(path, 1);
+    if (header_number(path, 0) == STATE_MAGIC && version > 0 && version < STATE_VERSION)
+        die(FAILED, "%s is of version %d, and training goes on from version %d only: begin again "
+            "with --init %s and another --out, or use the program that wrote it", path, version,
+            STATE_VERSION, opt_out);
     int *file = map_file(path, STATE_MAGIC, STATE_VERSION, "saved state of training", &bytes);
     const State *s = (const State *)file;
     checkpoint_check(&m, file, bytes, 3 + (s->has_average != 0), path);
@@ -577,6 +582,20 @@ static void state_load(Model *m, const State *state) {
     write_memory(m->moment1.data, floats + n, 4 * n);
     write_memory(m->moment2.data, floats + 2 * n, 4 * n);
     if (m->keeps_ema) write_memory(m->ema.data, floats + 3 * n, 4 * n);
+}
+
+// Whether model.bin is whole and was saved at this step.
+static int model_is_of(const char *path, int step) {
+    size_t bytes;
+    if (header_number(path, 0) != MODEL_MAGIC || header_number(path, AT_STEP) != step ||
+        header_number(path, HEADER_INTS - 1) != 0) // -1: it is too short
+        return 0;
+    int *file = map_file(path, MODEL_MAGIC, 0, "model", &bytes);
+    uint32_t crc = (uint32_t)file[AT_CRC];
+    file[AT_CRC] = 0; // as it was when the checksum was taken
+    int whole = crc32(file, bytes) == crc;
+    munmap(file, bytes);
+    return whole;
 }
 
 static void make_folders(const char *path) { // as mkdir -p
@@ -1229,7 +1248,7 @@ static void train_begin(Training *t) {
     t->begin = t->state.step;
 
     char *path = concat(opt_out, "/model.bin");
-    t->model_is_older = opt_resume && header_number(path, AT_STEP) != t->begin; // or not there
+    t->model_is_older = opt_resume && !model_is_of(path, t->begin);
     if (t->model_is_older) check_loss(t);
     free(path);
     t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
@@ -1302,7 +1321,7 @@ static void train_step(Training *t) {
 static void report_step(Training *t, double took) {
     double now = seconds(), tokens = (double)t->state.sequences * t->model.config.max_seq_len;
     int step = t->state.step, last = step == opt_steps, stop = interrupted;
-    int validates = t->num_val && !stop && (step % opt_val_every == 0 || last);
+    int validates = t->num_val && (step % opt_val_every == 0 || last); // Ctrl-C waits for it
     int every = min_int(200, max_int(1, opt_steps / 20)); // steps between printed lines
     fprintf(t->log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", step, t->S, t->gradient.mean_t,
             t->gradient.loss, t->lr, t->gradient.norm, tokens / took, t->state.flops);
@@ -1522,11 +1541,11 @@ static void eval_by_t(Model *m, const Data *d, const Loops *loops, int n) {
 
 // ---- --by-loop: what does a loop do to the state? It has no normalization of its own ----
 
-enum { LOOP_NORM, LOOP_CHANGE, LOOP_SECOND, LOOP_COSINE, NUM_BY_LOOP };
+enum { LOOP_NORM, LOOP_CHANGE, LOOP_SECOND, LOOP_COSINE, LOOP_MOVED, NUM_BY_LOOP };
 
 // Adds to sum (NUM_BY_LOOP), for each state h0 (n) of C channels: its norm; relative to it, the
-// first and second difference; the cosine between the last step and the one before. h1 and h2 are
-// the states one and two loops before.
+// first and second difference; the cosine between the last step and the one before, if the state
+// moved in both, and how many did. h1 and h2 are the states one and two loops before.
 static void add_differences(double *sum, const float *h0, const float *h1, const float *h2,
                             size_t n, int C) {
     for (size_t at = 0; at < n * C; at += C) {
@@ -1540,9 +1559,14 @@ static void add_differences(double *sum, const float *h0, const float *h1, const
             product += step * step_before;
         }
         sum[LOOP_NORM] += sqrt(norm);
-        sum[LOOP_CHANGE] += sqrt(first / norm);
-        sum[LOOP_SECOND] += sqrt(second / norm);
-        if (first > 0 && earlier > 0) sum[LOOP_COSINE] += product / sqrt(first * earlier); // else 0
+        if (norm > 0) {
+            sum[LOOP_CHANGE] += sqrt(first / norm);
+            sum[LOOP_SECOND] += sqrt(second / norm);
+        }
+        if (first > 0 && earlier > 0) {
+            sum[LOOP_COSINE] += product / sqrt(first * earlier);
+            sum[LOOP_MOVED]++;
+        }
     }
 }
 
@@ -1580,18 +1604,23 @@ static void eval_by_loop(Model *m, const Data *d, int S) {
     csv_open(&csv, opt_by_loop, "loop,norm,change,second_difference,cosine");
     printf("\nafter loop      norm    change  second difference  cosine of steps\n");
     for (int s = 0; s <= S; s++) {
-        double mean[NUM_BY_LOOP];
+        double mean[NUM_BY_LOOP], moved = sums[NUM_BY_LOOP * s + LOOP_MOVED];
         for (int i = 0; i < NUM_BY_LOOP; i++) mean[i] = sums[NUM_BY_LOOP * s + i] / positions;
+        double cosine = sums[NUM_BY_LOOP * s + LOOP_COSINE] / moved;
 
         // A change needs one loop; a second difference and the cosine of two steps need two.
         printf("%10d  %8.3f", s, mean[LOOP_NORM]);
         if (s > 0) printf("  %8.4f", mean[LOOP_CHANGE]);
-        if (s > 1) printf("  %17.4f  %15.4f", mean[LOOP_SECOND], mean[LOOP_COSINE]);
+        if (s > 1) printf("  %17.4f", mean[LOOP_SECOND]);
+        if (s > 1 && moved > 0) printf("  %15.4f", cosine);
         printf("\n");
         fprintf(csv.file, "%d,%.6f,", s, mean[LOOP_NORM]);
         if (s > 0) fprintf(csv.file, "%.6f", mean[LOOP_CHANGE]);
-        if (s > 1) fprintf(csv.file, ",%.6f,%.6f\n", mean[LOOP_SECOND], mean[LOOP_COSINE]);
-        else fprintf(csv.file, ",,\n");
+        fprintf(csv.file, ",");
+        if (s > 1) fprintf(csv.file, "%.6f", mean[LOOP_SECOND]);
+        fprintf(csv.file, ",");
+        if (s > 1 && moved > 0) fprintf(csv.file, "%.6f", cosine);
+        fprintf(csv.file, "\n");
     }
     csv_close(&csv);
     printf("written to %s\n", opt_by_loop);
@@ -1773,6 +1802,8 @@ static void eval(void) {
     fix_rows(&data, opt_data, t, T);
     check_rows(T);
     check_eval_options();
+    if (opt_by_loop && m.config.loop_start == m.config.loop_end)
+        die(USAGE, "--by-loop: this model has no loop");
 
     load_model(&m, file, min_int(opt_eval_batch, opt_rows));
     if (opt_sudoku || opt_exact_match) eval_solutions(&m, step, &data, t, loops, n);

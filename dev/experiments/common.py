@@ -37,7 +37,8 @@ parser.add_argument("--jobs", type=int,
                     default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                     else os.cpu_count(),
                     help="models at a time, each with one thread (default: one for each core)")
-parser.add_argument("--task", choices=("sudoku", "stories", "tinystories", "problems"),
+parser.add_argument("--task",
+                    choices=("sudoku", "stories", "tinystories", "nano", "d6", "problems"),
                     help="only this task, if an experiment has several")
 given = parser.parse_args()
 if given.jobs < 1:
@@ -88,6 +89,13 @@ class Task:
     entropy: float = 0  # of the data in that unit, if known: no NELBO can be lower
 
 
+def files_in(folder):
+    """Returns the shards and the tokenizer that tinystories.py writes into a folder."""
+    return folder + "/train.bin", folder + "/val.bin", folder + "/tokenizer.bin"
+
+
+STORIES = ("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok")
+TEXT = pick(STORIES, files_in("build/tinystories4096"))  # for the presets
 SMALL = {"layers": 4, "channels": pick(16, 64), "heads": 4, "loop": "1:3", "max-loops": 4,
          "lr": 2e-3, "batch": pick(4, 8)}
 PROBLEMS = {**SMALL, "seq-len": 72}
@@ -99,10 +107,15 @@ TASKS = {
                    16384, {**SMALL, "fixed-rows": "", "seq-len": 36, "batch": pick(4, 32)},
                    "nats per cell", 17.15481 / 36),
     # One story is one sequence.
-    "stories": Task("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok",
-                    4096, {**SMALL, "fixed-rows": "", "seq-len": 96}),
-    "tinystories": Task("build/tinystories/train.bin", "build/tinystories/val.bin",
-                        "build/tinystories/tokenizer.bin", 4096, {**SMALL, "seq-len": 64}),
+    "stories": Task(*STORIES, 4096, {**SMALL, "fixed-rows": "", "seq-len": 96}),
+    "tinystories": Task(*files_in("build/tinystories512"), 4096, {**SMALL, "seq-len": 64}),
+    # The presets. Their options are the ones that recipes.py begins with.
+    "nano": Task(*TEXT, 2048,
+                 {"layers": 6, "heads": 4, "channels": pick(16, 128), "seq-len": 128,
+                  "loop": "1:3", "max-loops": 4, "batch": 4, "lr": 2e-3, "warmup": 600}),
+    "d6": Task(*TEXT, 1024,
+               {"layers": 6, "heads": 6, "channels": pick(24, 288), "seq-len": 256, "loop": "1:3",
+                "max-loops": 4, "batch": pick(2, 8), "lr": 2e-3}),
     "problems": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "fixed-rows": ""}),
     "answers": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "answers-after": "<|sep|>"}),
 }
@@ -110,16 +123,17 @@ TASKS = {
 
 def chosen(*tasks):
     """
-    Returns the tasks of an experiment that --task allows. Without --task these are all; TinyStories
-    only if its shards exist.
+    Returns the tasks of an experiment that --task allows. Without --task these are all; those of
+    TinyStories only if its shards exist.
     """
     if given.task not in (None, *tasks):
         parser.error(f"--task: this experiment has {', '.join(tasks)}")
-    have_text = not QUICK and os.path.exists(TASKS["tinystories"].data)
-    ready = [task for task in tasks if task != "tinystories" or have_text]
+    text = pick(("tinystories",), ("tinystories", "nano", "d6"))
+    ready = [task for task in tasks
+             if task not in text or not QUICK and os.path.exists(TASKS[task].data)]
     if given.task and given.task not in ready:
         raise Failure(f"{given.task} needs {TASKS[given.task].data}, which "
-                      "make experiments TINYSTORIES=FILE writes; and it has no --quick")
+                      "make experiments TINYSTORIES=FILE writes; and tinystories has no --quick")
     return [given.task] if given.task else ready
 
 
@@ -357,7 +371,7 @@ def train_one(r):
     task = TASKS[r.task]
     command = ["train", "--data", task.data, "--val-data", task.held_out,
                "--tokenizer", task.tokenizer, "--out", r.folder, "--steps", r.steps,
-               "--seed", r.seed, "--warmup", max(1, r.steps // 20),
+               "--seed", r.seed,
                "--val-every", pick(r.steps, max(1, r.steps // 10)), "--val-rows", pick(4, 256),
                "--save-every", 500, "--threads", 1]
     for name, value in {**r.options, "max-loops": r.max_loops}.items():

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 SEEDS = (1, 2, 3)
+SHARD_MAGIC = 20240520
 STARTS = ("std", "scaled", "zero", "gains")
 
 
@@ -163,6 +164,15 @@ def initial(g, r):
     return torch.cat(parts)
 
 
+def read_shard(path, g):
+    """Returns the tokens of a shard, int64."""
+    header = np.fromfile(path, np.int32, 3)
+    tokens = np.fromfile(path, np.uint16, offset=1024).astype(np.int64)
+    if len(header) < 3 or header[0] != SHARD_MAGIC or len(tokens) < g.T or tokens.max() >= g.V:
+        raise ValueError(f"{path} is no shard of {g.T} tokens and more, each below {g.V}")
+    return tokens
+
+
 def block(h, w, cosine, sine, B, heads, half):
     """h (M,B T,C) of M models through a layer; w: its tensors, each (M,..)."""
     (ln1w, ln1b, qkvw, qkvb, attprojw, attprojb, ln2w, ln2b, fcw, fcb, fcprojw, fcprojb,
@@ -215,8 +225,7 @@ class Models:
         self.p = torch.stack([initial(g, r) for r in g.recipes]).to(device).requires_grad_()
         self.M = len(g.recipes)
         self.tokens, self.held = (
-            torch.from_numpy(np.fromfile(os.path.join(data, f"{g.task}_{kind}.bin"), np.uint16,
-                                         offset=1024).astype(np.int64)).to(device)
+            torch.from_numpy(read_shard(os.path.join(data, f"{g.task}_{kind}.bin"), g)).to(device)
             for kind in ("train", "val"))
         D = g.channels // g.heads
         angle = np.arange(g.T)[:, None] * 10000 ** (-2.0 * np.arange(D // 2) / D)
@@ -364,7 +373,10 @@ def table(path):
     """Prints the results: the mean of the seeds, their lowest and highest, by loops in use."""
     found = defaultdict(lambda: defaultdict(list))
     names = [f for f in Recipe.__dataclass_fields__ if f != "seed"]
-    for line in csv.DictReader(open(path)):
+    lines = list(csv.DictReader(open(path)))
+    if not lines or {"group", "steps", "loops", "nelbo", "seed", *names} - {*lines[0]}:
+        raise ValueError(f"{path} has no results of this program")
+    for line in lines:
         values = (line[n] if n == "start" else float(line[n]) for n in names)
         key = f"{line['group']}, {line['steps']} steps", *values
         found[key][int(line["loops"])].append(float(line["nelbo"]))
@@ -392,7 +404,9 @@ def check():
     os.makedirs("build", exist_ok=True)
     for kind in ("train", "val"):
         with open(f"build/check_{kind}.bin", "wb") as file:
-            file.write(bytes(1024) + rng.integers(0, 50, 4096).astype(np.uint16).tobytes())
+            header = np.array([SHARD_MAGIC, 1, 4096] + [0] * 253, np.int32)
+            tokens = rng.integers(0, 50, 4096).astype(np.uint16)
+            file.write(header.tobytes() + tokens.tobytes())
     models = Models(g, "build", torch.device("cpu"), False)
     targets = models.tokens[:2 * 64].view(2, 4, 16)
     masked, weights = models.noise(targets, torch.Generator().manual_seed(1))
@@ -424,13 +438,16 @@ def main():
     parser.add_argument("--table", action="store_true", help="print what was found")
     parser.add_argument("--data", default="build", help="folder of the token shards")
     parser.add_argument("--out", default="dev/results/starts.csv", help="results are added to it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--steps", type=int, help="other than the group's")
     parser.add_argument("--compile", action="store_true", help="torch.compile: three times as fast")
     o = parser.parse_args()
     unknown = [name for name in o.groups if name not in GROUPS]
     if unknown or not (o.groups or o.check or o.table):
         parser.error(f"no group {unknown[0]}" if unknown else "GROUP, --check or --table")
+    if o.steps is not None and o.steps < 1:
+        parser.error("--steps needs 1 or more")
     if o.check:
         check()
     for name in o.groups:
@@ -440,4 +457,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"starts.py: {error}")

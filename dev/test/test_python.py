@@ -662,6 +662,72 @@ def check_checkpoints(model):
                   file_bytes(folder, "model.bin") != before)
 
 
+def refused(said, *command):
+    """1 unless train_gpt2style.py refuses these words with one line that has `said`."""
+    try:
+        run_reference(*command)
+    except SystemExit as end:
+        return said not in str(end.code) or "\n" in str(end.code)
+    return 1
+
+
+def check_nothing_is_lost(data, model):
+    """What training finds on disk stays, or is written again."""
+    folder, = new_folder("c")
+    train = ["train", *model, "--out", folder, "--steps"]
+    run_loopmdm(*train, "3")
+    model_path, state_path = (os.path.join(folder, name) for name in ("model.bin", "state.bin"))
+    good, state = file_bytes(model_path), file_bytes(state_path)
+    for what, bad in (("damaged", good[:5000] + b"?" + good[5001:]), ("empty", b"")):
+        with open(model_path, "wb") as f:
+            f.write(bad)
+        run_loopmdm(*train, "3", "--resume")
+        check(f"a {what} model.bin is written again from state.bin", file_bytes(model_path) != good)
+
+    check("PyTorch: a model whose loss is not finite is not saved",
+          refused("is not finite, so this is not saved", *train, "4", "--lr", "1e30", "--resume")
+          or (file_bytes(model_path), file_bytes(state_path)) != (good, state))
+    for what, said, words in (
+            ("a model that is there", "is already there", [*train, "4"]),
+            ("a finished training", "is at step 3, beyond --steps 2", [*train, "2", "--resume"]),
+            ("other columns of log.csv", "has other columns",
+             [*train, "4", "--resume", "--val-data", os.path.join(data, "val.bin")]),
+            ("too many tokens", "impossible model: 70000 tokens",
+             ["train", *model[:2], "--vocab", "70000", "--out", "no"]),
+            ("no tokenizer", "is not a tokenizer.bin",
+             ["train", *model[:2], "--tokenizer", model[1], "--out", "no"])):
+        check(f"PyTorch refuses: {what}", refused(said, *words))
+    input_path = os.path.join(OUT, "inputs", "log.csv")
+    os.makedirs(os.path.dirname(input_path))
+    shutil.copy(model[1], input_path)
+    check("PyTorch refuses: data that it would overwrite",
+          refused("would overwrite", "train", "--data", input_path, *model[2:], "--out",
+                  os.path.dirname(input_path)) or file_bytes(input_path) != file_bytes(model[1]))
+
+    with open(state_path, "wb") as f:
+        f.write(state[:4] + struct.pack("i", 2) + state[8:])
+    check("state.bin of an older version: one line says what to do",
+          fails("older", ["./loopmdm", *train, "4", "--resume"], f"begin again with --init {folder}")
+          or refused("of version 3", *train, "4", "--resume"))
+
+
+def check_interrupted_at_the_end(data, model):
+    """Ctrl-C during the last step: the training is done, and validated."""
+    folder, = new_folder("c")
+    process = subprocess.Popen(["./loopmdm", "train", *model, "--batch", "512", "--steps", "2",
+                                "--val-data", os.path.join(data, "val.bin"), "--val-rows", "8",
+                                "--out", folder], stdout=subprocess.PIPE, text=True)
+    while "step 1/2" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    check("Ctrl-C during the last step: exit status 0, and a validation",
+          process.returncode != 0 or "validation" not in said)
+    with open(os.path.join(folder, "log.csv")) as log:
+        check("Ctrl-C during the last step: the validation is in log.csv",
+              not list(csv.DictReader(log))[-1]["val_nelbo_s4"])
+
+
 def relative(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -712,6 +778,8 @@ def check_training(data):
              "--channels", "32", "--heads", "2", "--seq-len", "32", "--loop", "1:3",
              "--max-loops", "4", "--batch", "8"]
     check_checkpoints(model)
+    check_nothing_is_lost(data, model)
+    check_interrupted_at_the_end(data, model)
 
     val = os.path.join(data, "val.bin")
     options = ["--val-data", val, "--val-every", "100", "--val-rows", "64", "--steps", "200"]

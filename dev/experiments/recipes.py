@@ -1,0 +1,65 @@
+"""
+11. Recipes: how should the presets nano and d6 be trained?
+
+Each preset is trained on TinyStories with 4096 tokens. One or two options differ from the recipe
+that the search began with: the task's options in common.py. All trainings of a preset have the same
+FLOPs, so a smaller batch takes more steps.
+"""
+from common import (COLORS, SEEDS, TASKS, TERA, chosen, each, finish, mean, nelbo, new_figure,
+                    print_table, run, save_csv, spread, train)
+
+BUDGETS = {"nano": 24 * TERA, "d6": 60 * TERA}  # FLOP
+LOOPS = (1, 2, 4)
+
+# The options that differ, and the number of seeds.
+CHANGES = {
+    "nano": [({}, 2), ({"lr": 1.4e-3}, 2), ({"lr": 2.8e-3}, 2), ({"batch": 8, "warmup": 300}, 2),
+             ({"batch": 2, "lr": 1.4e-3, "warmup": 1200}, 2), ({"ema": 0.999}, 1)],
+    "d6": [({}, 2), ({"lr": 1e-3}, 2), ({"lr": 4e-3}, 2), ({"batch": 16}, 2), ({"batch": 4}, 2)],
+}
+
+
+def name_of(task, changes):
+    """Returns the options as they are written on a command line; for no change, the recipe."""
+    if changes:
+        return " ".join(f"--{name} {value:g}" for name, value in changes.items())
+    return "--batch {batch} --lr {lr:g}".format(**TASKS[task].options)
+
+
+def draw(task, results):
+    """Draws the NELBO with S=2: a point for each seed, and a line at the mean."""
+    _, (ax,) = new_figure()
+    for i, losses in enumerate(results.values()):
+        ax.plot([nelbos[2] for nelbos in losses], [-i] * len(losses), "o", color=COLORS[0])
+        ax.plot([mean(nelbos[2] for nelbos in losses)] * 2, [-i - 0.25, -i + 0.25],
+                color=COLORS[0], linewidth=2)
+    ax.set_yticks([-i for i in range(len(results))], list(results))
+    ax.grid(axis="y", visible=False)
+    finish(ax, f"recipes_{task}", xlabel=f"NELBO with S=2, {TASKS[task].unit}",
+           title=f"Recipes of {task}: points are seeds, lines their mean")
+
+
+def experiment(task):
+    runs = {(name_of(task, changes), seed): run(task, BUDGETS[task], seed, **changes)
+            for changes, seeds in CHANGES[task] for seed in SEEDS[:seeds]}
+    train(runs.values())
+    found = each("evaluating", lambda r: nelbo(r, LOOPS), runs)
+    save_csv(f"recipes_{task}", ["options", "seed", "flop", "steps", "loops", "nelbo"],
+             [[name, seed, runs[name, seed].flops(), runs[name, seed].steps, S, loss]
+              for (name, seed), losses in found.items() for S, loss in losses.items()])
+
+    names = list(dict.fromkeys(name for name, _ in runs))
+    results = {name: [losses for (other, _), losses in found.items() if other == name]
+               for name in names}
+    print_table(f"{task}: NELBO, {TASKS[task].unit}, {BUDGETS[task] / TERA:g} TFLOP each, "
+                "mean (lowest to highest) of the seeds",
+                ["options", "steps", "seeds"] + [f"S={S}" for S in LOOPS],
+                [[f"`{name}`", runs[name, 1].steps, len(losses)]
+                 + [spread(nelbos[S] for nelbos in losses) for S in LOOPS]
+                 for name, losses in results.items()])
+    draw(task, results)
+
+
+if __name__ == "__main__":
+    for task in chosen("nano", "d6"):
+        experiment(task)
