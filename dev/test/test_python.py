@@ -706,8 +706,9 @@ def check_nothing_is_lost(data, model):
 
     with open(state_path, "wb") as f:
         f.write(state[:4] + struct.pack("i", 2) + state[8:])
+    said = f"begin again with --init {folder}"
     check("state.bin of an older version: one line says what to do",
-          fails("older", ["./loopmdm", *train, "4", "--resume"], f"begin again with --init {folder}")
+          fails("older", ["./loopmdm", *train, "4", "--resume"], said)
           or refused("of version 3", *train, "4", "--resume"))
 
 
