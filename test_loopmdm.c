@@ -1763,7 +1763,7 @@ static void check_last_number(void) {
 // Two states of two channels with known steps: (3,0) then (0,4), and (1,0) then (2,0).
 static void check_by_loop(void) {
     static const float h0[] = {3, 4, 3, 0}, h1[] = {3, 0, 1, 0}, h2[] = {0, 0, 0, 0};
-    static const double want[] = {5 + 3, 4 / 5. + 2 / 3., 5 / 5. + 1 / 3., 0 + 1};
+    static const double want[] = {5 + 3, 4 / 5. + 2 / 3., 5 / 5. + 1 / 3., 0 + 1, 2};
     double sum[NUM_BY_LOOP] = {0}, error = 0;
     add_differences(sum, h0, h1, h2, 2, 2);
     for (int i = 0; i < NUM_BY_LOOP; i++) error = worse(error, fabs(sum[i] - want[i]));
@@ -1771,7 +1771,11 @@ static void check_by_loop(void) {
 
     memset(sum, 0, sizeof sum);
     add_differences(sum, h0, h0, h2, 1, 2);
-    check("a state that stands still has cosine 0", fabs(sum[LOOP_COSINE]), 0, "not NaN");
+    check("a state that stands still has no cosine", sum[LOOP_MOVED] + fabs(sum[LOOP_COSINE]), 0,
+          "not NaN");
+    memset(sum, 0, sizeof sum);
+    add_differences(sum, h2, h0, h2, 1, 2);
+    check("a state of norm 0 has no relative change", fabs(sum[LOOP_CHANGE]), 0, "not NaN");
 }
 
 // End-of-text that fills up a sequence is no byte of its text.

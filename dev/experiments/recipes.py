@@ -36,7 +36,7 @@ def draw(task, results):
     ax.set_yticks([-i for i in range(len(results))], list(results))
     ax.grid(axis="y", visible=False)
     finish(ax, f"recipes_{task}", xlabel=f"NELBO with S=2, {TASKS[task].unit}",
-           title=f"Recipes of {task}: points are seeds, lines their mean")
+           title=f"Recipes of {task}")
 
 
 def experiment(task):
