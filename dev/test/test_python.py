@@ -783,7 +783,8 @@ def check_training(data):
     check_interrupted_at_the_end(data, model)
 
     val = os.path.join(data, "val.bin")
-    options = ["--val-data", val, "--val-every", "100", "--val-rows", "64", "--steps", "200"]
+    options = ["--val-data", val, "--val-every", "100", "--val-rows", "64", "--steps", "200",
+               "--warmup", "20"]
     c, p, said = check_side_by_side("200 steps", model, options)
     losses = column(c, "loss"), column(p, "loss")
     print("\n200 steps side by side   step   loss in C   loss in PyTorch")
@@ -855,7 +856,7 @@ def check_eval_and_sample(folder, data, val):
             (["sample", "--model", folder, "--prompt", "long " * 40], "are possible"),
             (["eval", "--model", data, "--data", val], "No such file"),
             (["train", "--data", val, "--tokenizer", os.path.join(data, "tokenizer.bin"), "--out",
-              folder], "already holds a model"),
+              folder], "is already there"),
             (["eval", "--model", folder, "--data", val[:-1]], "no file matches")):
         said = None
         try:
