@@ -115,7 +115,7 @@ TASKS = {
                   "loop": "1:3", "max-loops": 4, "batch": 4, "lr": 2e-3, "warmup": 600}),
     "d6": Task(*TEXT, 1024,
                {"layers": 6, "heads": 6, "channels": pick(24, 288), "seq-len": 256, "loop": "1:3",
-                "max-loops": 4, "batch": pick(2, 8), "lr": 2e-3}),
+                "max-loops": 4, "batch": pick(2, 8), "lr": 2e-3, "warmup": 100}),
     "problems": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "fixed-rows": ""}),
     "answers": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "answers-after": "<|sep|>"}),
 }

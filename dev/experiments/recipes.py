@@ -21,9 +21,8 @@ CHANGES = {
 
 def name_of(task, changes):
     """Returns the options as they are written on a command line; for no change, the recipe."""
-    if changes:
-        return " ".join(f"--{name} {value:g}" for name, value in changes.items())
-    return "--batch {batch} --lr {lr:g}".format(**TASKS[task].options)
+    recipe = {name: TASKS[task].options[name] for name in ("batch", "lr", "warmup")}
+    return " ".join(f"--{name} {value:g}" for name, value in (changes or recipe).items())
 
 
 def draw(task, results):
