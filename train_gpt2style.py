@@ -635,9 +635,8 @@ def log_open(path, step, loops):
     if old[:1] != [columns]:
         raise ValueError(f"--resume: {path} has other columns: give --val-data and --loops as when "
                          "it was begun")
-    log = open(path, "w")
-    log.write("".join(old[: 1 + step]))
-    return log
+    write_file(path, "".join(old[: 1 + step]).encode())
+    return open(path, "a")
 
 def train(o):
     """The command train: as `loopmdm train`, with the same files."""
