@@ -203,7 +203,7 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
-	copying recipes depth
+	copying recipes
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
 	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories4096/train.bin)

@@ -48,7 +48,7 @@ PRESETS = {  # T, L, NH, C, a, b, S_max
 }
 RECIPES = {  # batch, accum, steps, warmup, lr, ema: the options of train that a preset sets
     "d2": (16, 1, 2000, 200, 4e-3, 0.0), "nano": (8, 1, 4000, 300, 2e-3, 0.0),
-    "d6": (16, 1, 8000, 800, 2e-3, 0.0), "d12": (8, 8, 1000000, 2500, 3e-4, 0.9999),
+    "d6": (16, 1, 8000, 800, 1.4e-3, 0.0), "d12": (8, 8, 1000000, 2500, 3e-4, 0.9999),
 }
 
 def make_config(T, V, L, NH, C, a, b, S):

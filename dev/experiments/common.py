@@ -38,7 +38,7 @@ parser.add_argument("--jobs", type=int,
                     else os.cpu_count(),
                     help="models at a time, each with one thread (default: one for each core)")
 parser.add_argument("--task",
-                    choices=("sudoku", "stories", "tinystories", "nano", "d6", "problems"),
+                    choices=("sudoku", "stories", "tinystories", "nano", "problems"),
                     help="only this task, if an experiment has several")
 given = parser.parse_args()
 if given.jobs < 1:
@@ -95,7 +95,7 @@ def files_in(folder):
 
 
 STORIES = ("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok")
-TEXT = pick(STORIES, files_in("build/tinystories4096"))  # for the presets
+TEXT = pick(STORIES, files_in("build/tinystories4096"))  # for a preset
 SMALL = {"layers": 4, "channels": pick(16, 64), "heads": 4, "loop": "1:3", "max-loops": 4,
          "lr": 2e-3, "batch": pick(4, 8)}
 PROBLEMS = {**SMALL, "seq-len": 72}
@@ -109,13 +109,10 @@ TASKS = {
     # One story is one sequence.
     "stories": Task(*STORIES, 4096, {**SMALL, "fixed-rows": "", "seq-len": 96}),
     "tinystories": Task(*files_in("build/tinystories512"), 4096, {**SMALL, "seq-len": 64}),
-    # The presets. Their options are the ones that recipes.py begins with.
+    # A preset. Its options are the ones that recipes.py begins with.
     "nano": Task(*TEXT, 2048,
                  {"layers": 6, "heads": 4, "channels": pick(16, 128), "seq-len": 128,
                   "loop": "1:3", "max-loops": 4, "batch": 4, "lr": 2e-3, "warmup": 600}),
-    "d6": Task(*TEXT, 1024,
-               {"layers": 6, "heads": 6, "channels": pick(24, 288), "seq-len": 256, "loop": "1:3",
-                "max-loops": 4, "batch": pick(2, 8), "lr": 2e-3, "warmup": 100}),
     "problems": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "fixed-rows": ""}),
     "answers": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "answers-after": "<|sep|>"}),
 }
@@ -128,7 +125,7 @@ def chosen(*tasks):
     """
     if given.task not in (None, *tasks):
         parser.error(f"--task: this experiment has {', '.join(tasks)}")
-    text = pick(("tinystories",), ("tinystories", "nano", "d6"))
+    text = pick(("tinystories",), ("tinystories", "nano"))
     ready = [task for task in tasks
              if task not in text or not QUICK and os.path.exists(TASKS[task].data)]
     if given.task and given.task not in ready:

@@ -1,6 +1,6 @@
 """
-How should a model start? Hundreds of small models, each with its own initial parameters and recipe,
-trained on one H100 in eleven minutes.
+How should a model start, how deep should it be, how should the presets be trained? Hundreds of small
+models, each with its own initial parameters and recipe, trained on one H100 or H200 in minutes.
 
 A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
 its first dimension is the model, so one kernel works for all. All models of a group have the same
@@ -26,7 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from statistics import fmean as mean
+from statistics import fmean as mean, mode
 
 import numpy as np
 import torch
@@ -103,6 +103,16 @@ SLOW_CHANGES = (dict(bias=0.0), dict(wte=1.0), dict(wte=1.0, matrix=1.0), dict(c
 NANO_CHANGES = (dict(), dict(decay=0.01), dict(beta2=0.99), dict(matrix=0.4), dict(wte=1.0),
                 dict(warmup=0.1), dict(floor=0.0))
 PAIR = dict(seeds=(1, 2), decay=0.1, clip=1.0)
+TODAY = dict(decay=0.1, clip=1.0, warmup=0.1)  # as in the presets
+D6 = dict(task="tinystories", V=4096, T=256, fixed=False, layers=6, heads=6, channels=288, **LOOP4)
+
+
+def today(layers, rates, seeds=SEEDS, **changes):
+    """Returns recipes of the program's own start, zero with the share 1/L."""
+    kinds = [("zero", round(1 / layers, 3))]
+    return tuple(r for lr in rates for r in vary(kinds, [changes], lr, seeds, **TODAY))
+
+
 GROUPS = {
     "sudoku4": Group(**SUDOKU, layers=4, **MDM, steps=5000, recipes=compare(RATES4)),
     "sudoku4_loop": Group(**SUDOKU, layers=4, **LOOP4, steps=3500,
@@ -121,6 +131,18 @@ GROUPS = {
                   recipes=vary(GAINS, NANO_CHANGES, 4e-3, **PAIR)
                   + vary(GAINS, [{}], 8e-3, **PAIR) + vary(GAINS, [{}], 1.6e-2, **PAIR)
                   + vary(ZERO, [{}], 2e-3, **PAIR) + vary(ZERO, [{}], 4e-3, **PAIR)),
+    # MDMs of three depths with 189 TFLOP each; with 74 TFLOP: --steps 2500, 975, 509
+    "depth4": Group(**TINY, layers=4, **MDM, steps=6410, recipes=today(4, (4e-3, 8e-3))),
+    "depth12": Group(**TINY, layers=12, **MDM, steps=2500, recipes=today(12, (2e-3, 4e-3))),
+    "depth24": Group(**TINY, layers=24, **MDM, steps=1306, recipes=today(24, (2e-3, 4e-3))),
+    # Recipes of the presets
+    "nano8": Group(**{**TINY, "batch": 8}, layers=6, **LOOP4, steps=4000,
+                   recipes=today(6, (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3))),
+    "d6": Group(**D6, batch=16, steps=3000,
+                recipes=today(6, (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3), (1, 2))
+                + today(6, (2e-3,), (1, 2), warmup=0.05)),
+    "d6_8": Group(**D6, batch=8, steps=6000, recipes=today(6, (1e-3, 2e-3), (1, 2))),
+    "d6_32": Group(**D6, batch=32, steps=1500, recipes=today(6, (2e-3, 4e-3), (1, 2))),
 }
 BLOCK_TENSORS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
                  "fcw", "fcb", "fcprojw", "fcprojb", "attgain", "fcgain")
@@ -370,28 +392,29 @@ def run(name, o):
 
 
 def table(path):
-    """Prints the results: the mean of the seeds, their lowest and highest, by loops in use."""
-    found = defaultdict(lambda: defaultdict(list))
+    """
+    Prints the results: the mean of the seeds, their lowest and highest, by loops in use. "different"
+    is what a recipe has other than most of its group.
+    """
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     names = [f for f in Recipe.__dataclass_fields__ if f != "seed"]
     lines = list(csv.DictReader(open(path)))
     if not lines or {"group", "steps", "loops", "nelbo", "seed", *names} - {*lines[0]}:
         raise ValueError(f"{path} has no results of this program")
     for line in lines:
-        values = (line[n] if n == "start" else float(line[n]) for n in names)
-        key = f"{line['group']}, {line['steps']} steps", *values
-        found[key][int(line["loops"])].append(float(line["nelbo"]))
-    before = None
-    for (group, *recipe), by_loops in found.items():
-        if group != before:
-            columns = ["start", "share", "rate", "different", *(f"S={S}" for S in by_loops)]
-            print(f"\n{group}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-        before, r = group, dict(zip(names, recipe))
-        usual = {**{f: Recipe.__dataclass_fields__[f].default for f in names},
-                 **({"decay": 0.1, "clip": 1.0} if group.startswith("nano") else {})}
-        different = ", ".join(f"{n} {r[n]:g}" for n in names[3:] if r[n] != usual[n])
-        cells = (f"{mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in by_loops.values())
-        print(f"| {r['start']} | {r['share']:g} | {r['lr']:g} | {different} | "
-              + " | ".join(cells) + " |")
+        recipe = tuple(line[n] if n == "start" else float(line[n]) for n in names)
+        group = found[f"{line['group']}, {line['steps']} steps"]
+        group[recipe][int(line["loops"])].append(float(line["nelbo"]))
+    for title, group in found.items():
+        usual = [mode(values) for values in zip(*group)]
+        loops = next(iter(group.values()))
+        columns = ["start", "share", "rate", "different", *(f"S={S}" for S in loops)]
+        print(f"\n{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        for (start, share, lr, *others), by_loops in group.items():
+            different = ", ".join(f"{n} {x:g}" for n, x, y in zip(names[3:], others, usual[3:])
+                                  if x != y)
+            cells = (f"{mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in by_loops.values())
+            print(f"| {start} | {share:g} | {lr:g} | {different} | " + " | ".join(cells) + " |")
 
 
 def check():
