@@ -7,9 +7,9 @@ same as the plain versions in loopmdm.c, 10 to 50 times as fast.
 The algorithm is that of GotoBLAS and BLIS: five loops around a microkernel. Each loop keeps one
 piece of the operands in one cache.
 
-    N in steps of NC
-      K in steps of KC      a panel of B, packed: KC x NC, in L3; threads pack it together
-        tiles MC x NT         of C: MC x KC of A stay in the L2 of the thread that takes the tile
+    N in steps of nc
+      K in steps of KC      a panel of B, packed: KC x nc, in L3; threads pack it together
+        tiles mc x nt         of C: mc x KC of A stay in the L2 of the thread that takes the tile
           N in steps of NR      KC x NR of B, in L2 where L1 is too small
             M in steps of MR      the microkernel: MR x NR sums stay in registers
               K                     one column of A times one row of B
@@ -34,7 +34,7 @@ enum { VECTOR = 4, MR = 12 };
 #else
 enum { VECTOR = 4, MR = 6 };
 #endif
-enum { NR = 2 * VECTOR, KC = 512, MC = 48, NT = 512, NC = 4096 };
+enum { NR = 2 * VECTOR, KC = 512, MOST_MC = 128 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)),
                                  may_alias));
 
@@ -150,64 +150,107 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
         }
 }
 
-// c (M,N), rows ldc apart, = or += a b + bias, in one thread; M <= MC. b is packed. With pack a is
-// packed first. Otherwise it is read where it lies, except a last panel of fewer than MR rows.
-static void gemm_tile(int M, int N, int K, const float *a, size_t a_row, size_t a_col, int pack,
-                      const float *b_packed, float *c, size_t ldc, const float *bias, int add) {
-    int in_place = pack ? 0 : M / MR * MR; // rows of a that are read where they lie
-    float *a_packed = gemm_memory(0, MC * KC);
-    gemm_pack(a_packed, a + in_place * a_row, a_row, a_col, M - in_place, K, MR);
-    for (int j = 0; j < N; j += NR)
-        for (int i = 0; i < M; i += MR) {
+#include "gemm_bf16.h" // the same two in bfloat16: packing, and the microkernel
+
+// Packs n rows of A or columns of B, of k values each.
+static void gemm_pack_operand(float *dst, const float *src, size_t stride_n, size_t stride_k, int n,
+                              int k, int is_a) {
+    int width = NR;
+    if (is_a) width = MR;
+    if (bf16_kernel) {
+        bf16_pack((pair *)dst, src, stride_n, stride_k, n, k, is_a);
+        return;
+    }
+    gemm_pack(dst, src, stride_n, stride_k, n, k, width);
+    if (gemm_bf16) bf16_round(dst, (size_t)(n + width - 1) / width * width * k);
+}
+
+// The size of a packed row of A or column of B, in floats.
+static size_t gemm_packed(int k) {
+    return bf16_kernel ? (size_t)(k + SQUARE - 1) / SQUARE * TILE : (size_t)k;
+}
+
+// How M and N are cut (see above); in multiples of the microkernel's mr x nr.
+typedef struct { int mr, nr, mc, nt, nc; } Blocks;
+
+static Blocks gemm_blocks(void) {
+    Blocks floats = {MR, NR, 48, 512, 4096}, bf16 = {SQUARE, SQUARE, MOST_MC, 1024, 1024};
+    return bf16_kernel ? bf16 : floats;
+}
+
+// c (M,N) = or += a b + bias. Element (i,p) of a is a[i*a_row + p*a_col], likewise b; rows of c are
+// ldc apart.
+typedef struct {
+    int M, N, K;
+    const float *a, *b, *bias;
+    size_t a_row, a_col, b_row, b_col, ldc;
+    float *c;
+    int add;
+} Product;
+
+typedef struct { int n0, n, k0, k; } Panel; // of B: columns n0 .. n0+n, rows k0 .. k0+k
+
+// Packs columns j .. j+n of a panel.
+static void gemm_pack_b(const Product *g, Panel p, int j, int n, float *b_packed) {
+    const float *b = g->b + p.k0 * g->b_row + (p.n0 + j) * g->b_col;
+    gemm_pack_operand(b_packed + j * gemm_packed(p.k), b, g->b_col, g->b_row, n, p.k, 0);
+}
+
+// A tile of c, in one thread: rows i0 .. i0+m, the panel's columns j0 .. j0+n. m <= MOST_MC. Floats
+// of A that lie side by side along K are read where they lie, except a last panel of fewer than MR
+// rows. The others are packed first.
+static void gemm_tile(const Product *g, Panel p, int i0, int m, int j0, int n,
+                      const float *b_packed) {
+    const float *a = g->a + i0 * g->a_row + p.k0 * g->a_col;
+    const float *bias = g->bias && p.k0 == 0 ? g->bias + p.n0 + j0 : NULL;
+    float *c = g->c + i0 * g->ldc + p.n0 + j0, *a_packed = gemm_memory(0, MOST_MC * KC);
+    int add = g->add == ADD || p.k0 > 0;
+    int in_place = !gemm_bf16 && g->a_col == 1 ? m / MR * MR : 0; // rows
+    b_packed += j0 * gemm_packed(p.k);
+    gemm_pack_operand(a_packed, a + in_place * g->a_row, g->a_row, g->a_col, m - in_place, p.k, 1);
+    if (bf16_kernel) {
+        bf16_tile(m, n, (p.k + SQUARE - 1) / SQUARE, (const pair *)a_packed,
+                  (const pair *)b_packed, c, g->ldc, bias, add);
+        return;
+    }
+    for (int j = 0; j < n; j += NR)
+        for (int i = 0; i < m; i += MR) {
             int packed = i >= in_place;
-            const float *rows = packed ? a_packed + (size_t)(i - in_place) * K : a + i * a_row;
-            gemm_micro(K, rows, packed ? 1 : a_row, packed ? (size_t)MR : a_col,
-                       b_packed + (size_t)j * K, c + i * ldc + j, ldc, min_int(MR, M - i),
-                       min_int(NR, N - j), bias ? bias + j : NULL, add);
+            const float *rows = packed ? a_packed + (i - in_place) * (size_t)p.k : a + i * g->a_row;
+            gemm_micro(p.k, rows, packed ? 1 : g->a_row, packed ? (size_t)MR : g->a_col,
+                       b_packed + j * (size_t)p.k, c + i * g->ldc + j, g->ldc, min_int(MR, m - i),
+                       min_int(NR, n - j), bias ? bias + j : NULL, add);
         }
 }
 
-// c = or += a b + bias in one thread. Element (i,p) of a is a[i*a_row + p*a_col], likewise b.
-static void gemm_alone(int M, int N, int K, const float *a, size_t a_row, size_t a_col,
-                       const float *b, size_t b_row, size_t b_col, float *c, size_t ldc,
-                       const float *bias, int add) {
-    int blocks = (K + KC - 1) / KC, kc = (K + blocks - 1) / blocks; // K in blocks of one size
-    float *b_packed = gemm_memory(1, (size_t)(min_int(N, NC) + NR) * kc);
-    for (int n0 = 0; n0 < N; n0 += NC)
-        for (int k0 = 0; k0 < K; k0 += kc) {
-            int n = min_int(NC, N - n0), k = min_int(kc, K - k0);
-            const float *bias_n = bias && k0 == 0 ? bias + n0 : NULL;
-            gemm_pack(b_packed, b + k0 * b_row + n0 * b_col, b_col, b_row, n, k, NR);
-            for (int i = 0; i < M; i += MC)
-                gemm_tile(min_int(MC, M - i), n, k, a + i * a_row + k0 * a_col, a_row, a_col,
-                          a_col != 1, b_packed, c + i * ldc + n0, ldc, bias_n,
-                          add == ADD || k0 > 0);
+// All blocks in one thread.
+static void gemm_alone(const Product *g, Blocks z, int kc, float *b_packed) {
+    for (int n0 = 0; n0 < g->N; n0 += z.nc)
+        for (int k0 = 0; k0 < g->K; k0 += kc) {
+            Panel p = {n0, min_int(z.nc, g->N - n0), k0, min_int(kc, g->K - k0)};
+            gemm_pack_b(g, p, 0, p.n, b_packed);
+            for (int i = 0; i < g->M; i += z.mc)
+                gemm_tile(g, p, i, min_int(z.mc, g->M - i), 0, p.n, b_packed);
         }
 }
 
 #ifdef _OPENMP
 // The same with all threads. They pack a panel of B together, then take tiles of C.
-static void gemm_shared(int M, int N, int K, const float *a, size_t a_row, size_t a_col,
-                        const float *b, size_t b_row, size_t b_col, float *c, size_t ldc,
-                        const float *bias, int add) {
-    int tile = min_int(MC, (M + 8 * MR - 1) / (8 * MR) * MR); // at least 8 tiles to share
-    int blocks = (K + KC - 1) / KC, kc = (K + blocks - 1) / blocks;
-    float *b_packed = gemm_memory(1, (size_t)(min_int(N, NC) + NR) * kc);
+static void gemm_shared(const Product *g, Blocks z, int kc, float *b_packed) {
+    int rows = min_int(z.mc, (g->M + 8 * z.mr - 1) / (8 * z.mr) * z.mr); // at least 8 tiles
+    int columns = 4 * z.nr;
 #pragma omp parallel
-    for (int n0 = 0; n0 < N; n0 += NC)
-        for (int k0 = 0; k0 < K; k0 += kc) {
-            int n = min_int(NC, N - n0), k = min_int(kc, K - k0);
+    for (int n0 = 0; n0 < g->N; n0 += z.nc)
+        for (int k0 = 0; k0 < g->K; k0 += kc) {
+            Panel p = {n0, min_int(z.nc, g->N - n0), k0, min_int(kc, g->K - k0)};
 #pragma omp for
-            for (int j = 0; j < n; j += 4 * NR)
-                gemm_pack(b_packed + (size_t)j * k, b + k0 * b_row + (n0 + j) * b_col, b_col, b_row,
-                          min_int(4 * NR, n - j), k, NR);
+            for (int j = 0; j < p.n; j += columns)
+                gemm_pack_b(g, p, j, min_int(columns, p.n - j), b_packed);
 #pragma omp for collapse(2) schedule(dynamic)
-            for (int i = 0; i < M; i += tile)
-                for (int j = 0; j < n; j += NT)
-                    gemm_tile(min_int(tile, M - i), min_int(NT, n - j), k,
-                              a + i * a_row + k0 * a_col, a_row, a_col, a_col != 1,
-                              b_packed + (size_t)j * k, c + i * ldc + n0 + j, ldc,
-                              bias && k0 == 0 ? bias + n0 + j : NULL, add == ADD || k0 > 0);
+            for (int i = 0; i < g->M; i += rows)
+                for (int j = 0; j < p.n; j += z.nt)
+                    gemm_tile(g, p, i, min_int(rows, g->M - i), j, min_int(z.nt, p.n - j),
+                              b_packed);
         }
 }
 #endif
@@ -217,11 +260,15 @@ static void gemm(int product, int M, int N, int K, const float *a, int lda, cons
                  float *c, int ldc, const float *bias, int add) {
     size_t a_row = product == ATB ? 1 : lda, a_col = product == ATB ? lda : 1;
     size_t b_row = product == ABT ? 1 : ldb, b_col = product == ABT ? ldb : 1;
+    Product g = {M, N, K, a, b, bias, a_row, a_col, b_row, b_col, (size_t)ldc, c, add};
+    Blocks z = gemm_blocks();
+    int steps = (K + KC - 1) / KC, kc = (K + steps - 1) / steps; // K in steps of one size
+    float *b_packed = gemm_memory(1, (min_int(N, z.nc) + z.nr) * gemm_packed(kc));
 #ifdef _OPENMP
     if (omp_get_level() == 0 && WORTH((size_t)M * N * K / 16)) {
-        gemm_shared(M, N, K, a, a_row, a_col, b, b_row, b_col, c, ldc, bias, add);
+        gemm_shared(&g, z, kc, b_packed);
         return;
     }
 #endif
-    gemm_alone(M, N, K, a, a_row, a_col, b, b_row, b_col, c, ldc, bias, add);
+    gemm_alone(&g, z, kc, b_packed);
 }

@@ -70,7 +70,7 @@ static const char *opt_data, *opt_val_data, *opt_tokenizer, *opt_model, *opt_ini
 static const char *opt_loop, *opt_loop_dist = "uniform", *opt_loops, *opt_adaptive;
 static const char *opt_answers_after, *opt_by_t, *opt_by_loop, *opt_csv;
 static const char *opt_prompt, *opt_fill, *opt_fill_file, *opt_puzzle, *opt_order = "confidence";
-static const char *opt_text, *opt_input, *opt_output;
+static const char *opt_text, *opt_input, *opt_output, *opt_precision;
 static const char *opt_sample_steps = "32", *opt_eval_steps = "1,2,5,20";
 static int opt_layers = -1, opt_heads = -1, opt_channels = -1, opt_seq_len = -1, opt_vocab = -1;
 static int opt_max_loops = -1, opt_steps = -1, opt_batch = -1, opt_accum = -1, opt_warmup = -1;
@@ -81,11 +81,20 @@ static int opt_eval_batch = 16, opt_buckets = 10, opt_threads;
 static double opt_lr = -1, opt_ema = -1, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1;
 static double opt_temperature = 1, opt_eval_temperature, opt_top_p = 1, opt_threshold = 0.9;
 static uint64_t opt_seed = 1;
+static const char *products = "fp32"; // how matrices are multiplied, in words
 
 #ifdef _OPENMP
 #define THREADS_HELP "threads (default: one for each core)"
 #else
 #define THREADS_HELP "threads: 1, because this program was built without OpenMP"
+#endif
+
+#ifdef BACKEND
+#define BUILT_FOR (BF16 ? "bf16" : "fp32")
+#define PRECISION_HELP "fp32 or bf16, as this program was built"
+#else
+#define BUILT_FOR "fp32"
+#define PRECISION_HELP "fp32, or bf16: less exact, faster on a CPU that has it (default fp32)"
 #endif
 
 enum Type { FLAG, TEXT, INTEGER, SEED, REAL };
@@ -216,6 +225,8 @@ static const struct {
     {"rows-of", TOKENIZE, INTEGER, &opt_rows_of, 2, "T",
      "each story is a sequence of T tokens, filled up with end-of-text; longer ones are left out"},
     {"seed", TRAIN | EVAL | SAMPLE | ATTENTION, SEED, &opt_seed, 0, "N", "seed of all randomness"},
+    {"precision", TRAIN | EVAL | SAMPLE, TEXT, &opt_precision, 0, "NAME",
+     "of matrix products: " PRECISION_HELP},
     {"threads", TRAIN | EVAL | SAMPLE | ATTENTION, INTEGER, &opt_threads, 1, "N", THREADS_HELP},
 };
 enum { NUM_OPTIONS = COUNT(options), NUM_COMMANDS = COUNT(commands) };
@@ -460,6 +471,23 @@ static Config config_from_options(int vocab_size) {
     }
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     return c;
+}
+
+// How matrices are multiplied from now on, in words.
+static const char *use_precision(void) {
+    const char *name = opt_precision ? opt_precision : BUILT_FOR;
+    int bf16 = !strcmp(name, "bf16");
+    if (!bf16 && strcmp(name, "fp32")) die(USAGE, "--precision is fp32 or bf16, not %s", name);
+#ifdef BACKEND
+    if (strcmp(name, BUILT_FOR))
+        die(USAGE, "--precision %s: this program was built for %s; make loopmdm_cuda PRECISION=%s "
+            "builds the other", name, BUILT_FOR, name);
+#elif defined(exp_fast)
+    if (bf16) die(USAGE, "--precision bf16: this program was built without dev/gemm.h");
+#else
+    if (bf16) return gemm_use_bf16();
+#endif
+    return name;
 }
 
 // =================================================================================================
@@ -1235,6 +1263,7 @@ static void print_training(const Training *t) {
     if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
     printf("\n");
     print_recipe();
+    printf("matrix products: %s\n", products);
     print_memory(&t->model);
 }
 
@@ -2577,6 +2606,9 @@ int main(int argc, char **argv) {
         if (strcmp(argv[1], commands[i].name)) continue;
         parse_options(i, argc, argv);
         if (commands[i].flag & (TRAIN | EVAL | SAMPLE | ATTENTION)) share_cores(argv);
+        products = use_precision();
+        if (opt_precision && commands[i].flag != TRAIN)
+            fprintf(stderr, "matrix products: %s\n", products);
         run[i]();
         finish();
     }

@@ -136,6 +136,34 @@ build_and_run() {
         "build/test/test_$name" "build/test/loopmdm_$name" "${small[@]}"
 }
 
+# test_in NAME OPTIONS ARGUMENTS...: builds the test with these options, and runs it.
+test_in() {
+    $CC -std=c11 -I. $2 $floats $warnings test_loopmdm.c -o "build/test/test_$1" -lm &&
+        "build/test/test_$1" "${@:3}"
+}
+
+# --precision bf16: 200 steps beside fp32 (the tolerance is that of test_cuda.sh), other threads.
+precision() {
+    local ok=0 bad=0 largest folder=build/test/precision
+    local recipe="--data build/stories_train.bin --val-data build/stories_val.bin --val-rows 64
+        --tokenizer dev/data/stories.tok --model d2 --layers 3 --loop 1:2 --lr 3e-3 --steps 200"
+    rm -rf $folder
+    ./loopmdm train $recipe --threads 1 --out $folder/fp32 >/dev/null
+    ./loopmdm train $recipe --threads 1 --precision bf16 --out $folder/bf16 >$folder.log
+    check "trains in bf16" $?
+    grep -q '^matrix products: bf16' $folder.log
+    check "says so: $(grep '^matrix' $folder.log)" $?
+    largest=$(paste -d, <(cut -d, -f4 $folder/fp32/log.csv) <(cut -d, -f4 $folder/bf16/log.csv) |
+        awk -F, 'NR > 1 {d = $1 > $2 ? $1 - $2 : $2 - $1; if (d > m) m = d}
+            END {print NR == 201 ? m : 9}')
+    awk -v d="$largest" 'BEGIN { exit !(d > 0 && d < 0.03) }'
+    check "losses of 200 steps: largest difference to fp32 $largest, tolerance 0.03" $?
+    ./loopmdm train $recipe --threads 2 --precision bf16 --out $folder/two >/dev/null
+    cmp -s $folder/bf16/model.bin $folder/two/model.bin
+    check "two threads give the same bits as one" $?
+    counted
+}
+
 # Each experiment in small leaves a table and a figure. A second run has nothing to train.
 experiments() {
     local ok=0 bad=0 name script sum log=build/test/experiment.log folder=build/experiments_quick
@@ -180,6 +208,9 @@ start compilers compilers
 start without_openmp build_and_run plain "-O3 $ARCH"
 start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
+start bf16 test_in bf16 "-O3 $ARCH $OPENMP -DBF16=1" ./loopmdm "${small[@]}"
+start bf16_kernels test_in bf16_kernels "-O3 $ARCH -DBF16=1 -DBF16_ON_CPU" --layers
+start precision precision
 start alone alone
 start refused refused
 start fuzz sh -c 'make -s build/fuzz && build/fuzz 4000'

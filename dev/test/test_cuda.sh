@@ -148,7 +148,7 @@ errors() {
         local words=$1 text status
         text=$(env $2 $program ${@:3} 2>&1 >/dev/null)
         status=$?
-        [ $status -eq 1 ] && [ "$(echo "$text" | wc -l)" -eq 1 ] && [[ $text == loopmdm:*$words* ]]
+        [ $status -eq "${want:-1}" ] && [ "$(echo "$text" | wc -l)" -eq 1 ] && [[ $text == loopmdm:*$words* ]]
         check "$text" $?
     }
     expect 'no GPU' CUDA_ON_CPU_DEVICES=0 $train
@@ -157,6 +157,7 @@ errors() {
     expect 'fit (--batch); --recompute takes less' CUDA_ON_CPU_MEMORY=40000000 $train --batch 400
     expect 'choose a smaller model' CUDA_ON_CPU_MEMORY=400000 $train --batch 400
     expect '128 at most' A=1 $train --channels 512 --heads 2
+    want=2 expect 'built for bf16; make loopmdm_cuda PRECISION=fp32' A=1 $train --precision fp32
     # Every kind of attention fits into the shared memory of the smallest GPUs
     for channels in 64 96 128 256; do
         env CUDA_ON_CPU_CAPABILITY=86 build/loopmdm_on_cpu_fp32 ${train/none/small_$channels} \
