@@ -205,7 +205,6 @@ start reference large_reference
 start sanitizers build_and_run sanitized "$sanitizers"
 start experiments experiments
 start compilers compilers
-start without_openmp build_and_run plain "-O3 $ARCH"
 start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start bf16 test_in bf16 "-O3 $ARCH $OPENMP -DBF16=1" ./loopmdm "${small[@]}"

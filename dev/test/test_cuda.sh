@@ -208,7 +208,7 @@ fi
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
 both
 if command -v "$NVCC" >/dev/null; then
-    start nvcc_bf16 nvcc_compiles 1 80 90 100
+    start nvcc_bf16 nvcc_compiles 1 80 100
     start nvcc_fp32 nvcc_compiles 0 90 # for checks only, and it takes long
 else
     echo "no nvcc: not compiled for GPUs"
