@@ -5,7 +5,7 @@
 # make style        figures of how readable loopmdm.c is, and their limits (python3)
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
 #                   that they work. TINYSTORIES=FILE adds real text
-# make bench        speed and memory beside PyTorch: an hour and more
+# make bench        speed and memory beside PyTorch: an hour. QUICK=1: the main table, 5 minutes
 # make clean        removes what was built, the trained model too
 #
 # make loopmdm_cuda         builds for this machine's GPU with nvcc. PRECISION=fp32 for checks
@@ -196,9 +196,9 @@ build/profile.so: dev/bench/profile.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) -shared -fPIC $< -o $@ -lm
 
 bench: .venv/ready loopmdm build/profile build/profile.so
-	build/profile
-	.venv/bin/python dev/bench/bench.py matmul train forward sample memory scaling --suite \
-		--loops 1,4,8 --compile --csv dev/results/bench_cpu.csv
+	$(if $(filter 1,$(QUICK)),.venv/bin/python dev/bench/bench.py --suite --turns 2 --steps 2, \
+		build/profile && .venv/bin/python dev/bench/bench.py \
+		matmul train forward sample memory scaling --suite --csv dev/results/bench_cpu.csv)
 
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 

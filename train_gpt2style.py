@@ -221,13 +221,16 @@ class LoopMDM(torch.nn.Module):
         h = F.layer_norm(h, (h.shape[-1],), self.lnfw, self.lnfb)
         return F.linear(h, self.wte[: self.config.vocab_size])
 
+    def head(self, h, targets, weights):
+        """h (R,C), targets (R) int64, weights (R) -> the sum of weights * cross entropy"""
+        return (weights * F.cross_entropy(self.logits(h), targets, reduction="none")).sum()
+
     def loss(self, x, targets, weights, S):
         """x, targets (B,T) int64, weights (B,T) -> the sum of weights * cross entropy, the NELBO"""
         # The head is the largest product of a small model, so it sees masked positions only.
         masked = weights.view(-1).nonzero().squeeze(1)
-        logits = self.logits(self(x, S).view(-1, self.config.channels)[masked])
-        losses = F.cross_entropy(logits, targets.view(-1)[masked], reduction="none")
-        return (weights.view(-1)[masked] * losses).sum()
+        h = self(x, S).view(-1, self.config.channels)
+        return self.head(h[masked], targets.view(-1)[masked], weights.view(-1)[masked])
 
 # ---- 4. Optimizer --------------------------------------------------------------------------------
 

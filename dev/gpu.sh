@@ -56,8 +56,8 @@ all() {
         --accum 1 --ema 0 --steps 30 --warmup 10 --loops 1,12 --out build/test/gpu_run/d12
     step 60 "kernel studies" 60 make studies_cuda
     if $PYTHON -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        step 100 "d6 beside PyTorch" 4 $PYTHON dev/bench/bench.py --device cuda --compile
-        step 140 "d12 beside PyTorch" 4 $PYTHON dev/bench/bench.py --device cuda --compile \
+        step 100 "d6 beside PyTorch" 4 $PYTHON dev/bench/bench.py --device cuda
+        step 140 "d12 beside PyTorch" 4 $PYTHON dev/bench/bench.py --device cuda \
             --model d12 --vocab 50257 --batch 8 --steps 10 --turns 2
     else
         echo "---- no PyTorch with CUDA"

@@ -4,13 +4,17 @@ that others use too, only the ratio within one run means something.
 
     make bench                                      everything on the CPU, an hour and more. Writes
                                                     dev/results/bench_cpu.csv
+    make bench QUICK=1                              the main table: training of nano, d6 and d12
     .venv/bin/python dev/bench/bench.py             on the CPU: training of d6, V=4096, T=256, B=16,
                                                     S = 1 and 4
     .venv/bin/python dev/bench/bench.py matmul forward sample       parts of it
-    python3 dev/bench/bench.py --device cuda --compile
-                                                    on a GPU: build/loopmdm_cuda_bf16, and PyTorch
+    python3 dev/bench/bench.py --device cuda        on a GPU: build/loopmdm_cuda_bf16, and PyTorch
                                                     under autocast
-    python3 dev/bench/bench.py --device cuda --model d12 --vocab 50257 --batch 8 --compile
+    python3 dev/bench/bench.py --device cuda --model d12 --vocab 50257 --batch 8
+
+PyTorch is as a good user has it: fp32, and bf16 under autocast where the CPU has instructions for
+it; eager, and compiled (the layer and the head, which takes seconds). The ratios are those of the
+best of each side: with fp32 only, and with all.
 
 train    a step: forward, backward, clipping and AdamW, with the LM head at masked positions, on
          random tokens. loopmdm is the program itself, which makes its batches. PyTorch's batches
@@ -24,11 +28,12 @@ memory   largest resident memory of a training process. What PyTorch needs witho
          beside it.
 scaling  how a training step's time grows with T, S, B and threads; only loopmdm.
 
-Prints tables, and adds lines to --csv.
+Prints tables, and adds lines to --csv: part, what, unit, by whom, value.
 """
 import argparse
 import csv
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -44,8 +49,7 @@ import train_gpt2style as reference  # noqa: E402
 PARTS = ("train", "forward", "sample", "matmul", "memory", "scaling")
 IN_PROCESS = {"forward", "sample", "matmul"}  # they call functions of build/profile.so
 # model, V, T, B: what make bench measures
-SUITE = [("nano", 1024, 128, 32), ("d6", 4096, 256, 16), ("d12", 50257, 256, 2),
-         ("d6", 4096, 1024, 4)]
+SUITE = [("nano", 1024, 128, 32), ("d6", 4096, 256, 16), ("d12", 50257, 256, 2)]
 
 
 def config_of(o, S):
@@ -59,13 +63,21 @@ def shape_of(o, S):
     return f"{o.model} V={o.vocab} T={config_of(o, S).max_seq_len} B={o.batch} S={S}"
 
 
-def program_arguments(o, S, folder, steps):
+def precisions(o):
+    """Those that are compared. On a CPU bf16 is one only where there are instructions for it."""
+    if o.device == "cuda":
+        return ["bf16"]
+    with_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return ["fp32", "bf16"] if with_bf16 else ["fp32"]
+
+
+def program_arguments(o, S, folder, steps, precision):
     """The command line of a training of so many steps with S loops in each."""
     return [o.program, "train", "--data", os.path.join(folder, "data.bin"), "--vocab", str(o.vocab),
             "--model", o.model, "--seq-len", str(config_of(o, S).max_seq_len),
             "--batch", str(o.batch), "--max-loops", str(S), "--loop-dist", "fixed",
             "--accum", "1", "--ema", "0", "--steps", str(steps), "--threads", str(o.threads),
-            "--out", os.path.join(folder, "run")]
+            "--precision", precision, "--out", os.path.join(folder, "run")]
 
 
 def remove_run(folder):
@@ -73,24 +85,38 @@ def remove_run(folder):
     subprocess.run(["rm", "-rf", os.path.join(folder, "run")], check=True)
 
 
-def loopmdm_speed(o, S, folder):
-    """Best tokens/s of o.steps steps. The first step touches the memory and does not count."""
+def loopmdm_seconds(o, S, folder, precision):
+    """Seconds of the fastest of o.steps steps. The first, which touches the memory, is left out."""
     remove_run(folder)
-    command = program_arguments(o, S, folder, o.steps + 1)
+    command = program_arguments(o, S, folder, o.steps + 1, precision)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with open(os.path.join(folder, "run", "log.csv")) as log:
-        return max(float(row["tokens_per_s"]) for row in list(csv.DictReader(log))[1:])
+        best = max(float(row["tokens_per_s"]) for row in list(csv.DictReader(log))[1:])
+    return o.batch * config_of(o, S).max_seq_len / best
+
+
+def peer_model(c, device, compiled):
+    """The PyTorch model."""
+    model = reference.LoopMDM(c, reference.init_parameters(c, 1)).to(device)
+    if compiled:
+        model.block = torch.compile(model.block, dynamic=False)
+        model.head = torch.compile(model.head, dynamic=True)  # masked positions vary in number
+    return model
+
+
+def autocast(device, precision):
+    """Within it PyTorch has this precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Peer:
-    """The PyTorch model on o.device. kind is eager or compile."""
+    """PyTorch's training on o.device."""
 
-    def __init__(self, o, S, kind, folder):
-        self.o, self.S, self.config = o, S, config_of(o, S)
+    def __init__(self, o, S, folder, precision, compiled):
+        self.o, self.S, self.precision, self.config = o, S, precision, config_of(o, S)
         c = self.config
-        self.model = reference.LoopMDM(c, reference.init_parameters(c, 1)).to(o.device)
+        self.model = peer_model(c, o.device, compiled)
         self.optimizer = reference.make_optimizer(self.model, 1e-3, 0.1)
-        self.loss = torch.compile(self.model.loss) if kind == "compile" else self.model.loss
         data = reference.data_open(os.path.join(folder, "data.bin"))
         self.batches = []
         for step in range(o.steps):
@@ -102,16 +128,16 @@ class Peer:
     def warm_up(self):
         """Compiles, and reserves memory."""
         for _ in range(2):
-            self.speed()
+            self.seconds()
         return self
 
-    def speed(self):
-        """Best tokens/s over o.steps steps."""
-        best, cuda = 0.0, self.o.device == "cuda"
+    def seconds(self):
+        """Seconds of the fastest of o.steps steps."""
+        best, cuda = float("inf"), self.o.device == "cuda"
         for batch in self.batches:
             began = time.perf_counter()
-            with torch.autocast(self.o.device, torch.bfloat16, enabled=cuda):
-                loss = self.loss(*batch, self.S)
+            with autocast(self.o.device, self.precision):
+                loss = self.model.loss(*batch, self.S)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -119,8 +145,7 @@ class Peer:
             loss.item()
             if cuda:
                 torch.cuda.synchronize()
-            tokens = self.o.batch * self.config.max_seq_len
-            best = max(best, tokens / (time.perf_counter() - began))
+            best = min(best, time.perf_counter() - began)
         return best
 
 
@@ -142,52 +167,53 @@ def sample(model, B, T, S, steps):
 
 
 class Table:
-    """Prints lines as they come, and keeps them for the CSV file: part, what was measured, unit,
-    loopmdm, PyTorch eager, compile, ratio to the better."""
+    """Prints lines as they come, and writes them into a CSV file."""
 
     def __init__(self, path):
         self.file = open(path, "w", newline="") if path else None
-        self.csv = csv.writer(self.file, lineterminator="\n") if path else None
-        self.row("part", "what", "unit", "loopmdm", "pytorch_eager", "pytorch_compile", "ratio")
+        self.columns = None
+        self.row("part", "what", "unit", "by", "value")
 
     def row(self, *values):
         """A line of the CSV file."""
-        if self.csv:
-            self.csv.writerow(values)
+        if self.file:
+            csv.writer(self.file, lineterminator="\n").writerow(values)
             self.file.flush()
 
-    def line(self, part, what, unit, ours, theirs, note=""):
-        """theirs: [eager] or [eager, compile], higher is better; [] where there is none."""
-        ratio = ours / max(theirs) if theirs else None
-        print(f"{what:36} {ours:10.0f}" + "".join(f" {t:10.0f}" for t in theirs)
-              + (f" {ratio:7.2f}" if theirs else "") + note, flush=True)
-        numbers = [f"{t:.4g}" for t in theirs] + [""] * (2 - len(theirs))
-        self.row(part, what, unit, f"{ours:.4g}", *numbers, f"{ratio:.3f}" if theirs else "")
+    def line(self, part, what, unit, values, note=""):
+        """
+        values: {by: number}, higher is better. by is "loopmdm fp32", or PyTorch's. The ratios are
+        of the best in fp32 and of the best of all.
+        """
+        if self.columns != (part, *values):
+            self.columns = part, *values
+            print(f"\n{part + ', ' + unit:36}" + "".join(f" {by:>12}" for by in values) + "  ratios")
+        numbers = "".join(f" {value:12.0f}" for value in values.values())
+        print(f"{what:36}{numbers}{ratios(values)}{note}", flush=True)
+        for by, value in values.items():
+            self.row(part, what, unit, by, f"{value:.4g}")
 
 
-def bench_train(o, table, folder):
-    """Training steps, in tokens/s."""
-    kinds = ["eager", "compile"] if o.compile else ["eager"]
-    print(f"{'':36} {'loopmdm':>10}" + "".join(f" {kind:>10}" for kind in kinds)
-          + f" {'ratio':>7}  GFLOP/s   (tokens/s of training)")
-    for S in (int(s) for s in o.loops.split(",")):
-        peers = [Peer(o, S, kind, folder).warm_up() for kind in kinds]
-        ours, theirs = 0.0, [0.0] * len(peers)
-        for _ in range(o.turns):
-            ours = max(ours, loopmdm_speed(o, S, folder))
-            theirs = [max(best, peer.speed()) for best, peer in zip(theirs, peers)]
-        c = peers[0].config
-        flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * 1e-9
-        table.line("train", shape_of(o, S), "tokens/s", ours, theirs, f" {ours * flops:8.0f}")
-        del peers
+def ratios(values):
+    """The best of loopmdm over the best of PyTorch, as text: in fp32, and with all precisions."""
+    found = []
+    for precision in ("fp32", ""):
+        ours, theirs = ([value for by, value in values.items()
+                         if by.startswith("loopmdm") == own and precision in by]
+                        for own in (True, False))
+        if ours and theirs:
+            found.append(f"{max(ours) / max(theirs):7.2f}")
+    return "".join(dict.fromkeys(found))
 
 
-def in_turns(turns, seconds, *sides):
-    """The smallest result of each of the functions `sides`. They are called in turns: so many at
-    least, and for so many seconds."""
-    best, began, turn = [float("inf")] * len(sides), time.perf_counter(), 0
+def in_turns(turns, seconds, sides):
+    """
+    {by: the smallest result} of functions {by: function}. They are called in turns: so many at
+    least, and for so many seconds.
+    """
+    best, began, turn = dict.fromkeys(sides, float("inf")), time.perf_counter(), 0
     while turn < turns or time.perf_counter() - began < seconds:
-        best = [min(b, side()) for b, side in zip(best, sides)]
+        best = {by: min(best[by], side()) for by, side in sides.items()}
         turn += 1
     return best
 
@@ -201,51 +227,86 @@ def seconds_of(call):
     return timed
 
 
-def open_both(o, B, lib):
-    """The same shape on both sides. Returns PyTorch's model."""
+def speeds(work, took):
+    """{by: seconds} -> {by: work per second}"""
+    return {by: work / seconds for by, seconds in took.items()}
+
+
+def kinds(o):
+    """PyTorch's: {by: (precision, compiled)}."""
+    return {f"{'compile' if compiled else 'eager'} {precision}": (precision, compiled)
+            for precision in precisions(o) for compiled in (False, True)}
+
+
+def bench_train(o, table, folder):
+    """Training steps, in tokens/s."""
+    for S in (int(s) for s in o.loops.split(",")):
+        sides = {f"loopmdm {p}": functools.partial(loopmdm_seconds, o, S, folder, p)
+                 for p in precisions(o)}
+        for by, kind in kinds(o).items():
+            sides[by] = Peer(o, S, folder, *kind).warm_up().seconds
+        c = config_of(o, S)
+        values = speeds(o.batch * c.max_seq_len, in_turns(o.turns, 0, sides))
+        flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * 1e-9
+        ours = max(value for by, value in values.items() if by.startswith("loopmdm"))
+        table.line("train", shape_of(o, S), "tokens/s", values, f"  {ours * flops:.0f} GFLOP/s")
+
+
+def of_library(lib, precision, call):
+    """A function of build/profile.so as one that runs in this precision."""
+    def timed():
+        lib.bench_precision(precision == "bf16")
+        return call()
+    return timed
+
+
+def both(o, B, lib, ours, theirs):
+    """
+    The sides of a comparison without gradients, {by: function that returns seconds}. ours() calls
+    the library, which has the same shape; theirs(model) runs PyTorch.
+    """
     c = config_of(o, 1)
     lib.bench_open(c.max_seq_len, c.vocab_size, c.layers, c.heads, c.channels, c.loop_start,
                    c.loop_end, B)
-    return reference.LoopMDM(c, reference.init_parameters(c, 1))
+    sides = {f"loopmdm {p}": of_library(lib, p, ours) for p in precisions(o)}
+    for by, (precision, compiled) in kinds(o).items():
+        model = peer_model(c, "cpu", compiled)
+
+        @torch.no_grad()
+        def run(model=model, precision=precision):
+            with autocast("cpu", precision):
+                theirs(model)
+        run()  # compiles
+        sides[by] = seconds_of(run)
+    return sides
 
 
 def bench_forward(o, table, lib):
     """Forward without gradients, in tokens/s."""
-    print(f"{'':36} {'loopmdm':>10} {'eager':>10} {'ratio':>7}   (tokens/s of inference)")
+    T = config_of(o, 1).max_seq_len
     for B in (1, 16):
-        model = open_both(o, B, lib)
-        T = model.config.max_seq_len
         x = torch.randint(0, o.vocab, (B, T), generator=torch.Generator().manual_seed(1))
         for S in (1, 4):
-            @torch.no_grad()
-            def forward():
-                model.logits(model(x, S).view(B * T, -1))
-            sides = lambda: lib.bench_forward(S), seconds_of(forward)
-            ours, theirs = in_turns(o.turns, 3, *sides)
-            what = f"{o.model} V={o.vocab} T={T} B={B} S={S}"
-            table.line("forward", what, "tokens/s", B * T / ours, [B * T / theirs])
+            sides = both(o, B, lib, lambda: lib.bench_forward(S),
+                         lambda model: model.logits(model(x, S).view(B * T, -1)))
+            table.line("forward", f"{o.model} V={o.vocab} T={T} B={B} S={S}", "tokens/s",
+                       speeds(B * T, in_turns(o.turns, 3, sides)))
 
 
 def bench_sample(o, table, lib):
-    """Sampling from nothing, in tokens/s."""
-    steps = 16
-    print(f"{'':36} {'loopmdm':>10} {'eager':>10} {'ratio':>7}   "
-          f"(tokens/s of sampling in {steps} steps)")
+    """Sampling from nothing in 16 steps, in tokens/s."""
+    T, steps = config_of(o, 1).max_seq_len, 16
     for B in (1, 16):
-        model = open_both(o, B, lib)
-        T = model.config.max_seq_len
-        peer = seconds_of(lambda: sample(model, B, T, 4, steps))
-        ours, theirs = in_turns(o.turns, 3, lambda: lib.bench_sample(4, steps), peer)
-        what = f"{o.model} V={o.vocab} T={T} B={B} S=4"
-        table.line("sample", what, "tokens/s", B * T / ours, [B * T / theirs])
+        sides = both(o, B, lib, lambda: lib.bench_sample(4, steps),
+                     lambda model: sample(model, B, T, 4, steps))
+        table.line("sample", f"{o.model} V={o.vocab} T={T} B={B} S=4", "tokens/s",
+                   speeds(B * T, in_turns(o.turns, 3, sides)))
 
 
 def bench_matmul(o, table, lib):
-    """Each matrix product of a training step, in GFLOP/s."""
+    """Each matrix product of a training step, in GFLOP/s. PyTorch's bf16 starts from bf16 tensors."""
     peak = max(lib.bench_peak(0.2) for _ in range(5)) * 1e-9
-    table.line("matmul", "FMA peak", "GFLOP/s", peak, [])
-    print(f"{'(M,C) x (C,OC)':36} {'loopmdm':>10} {'torch.mm':>10} {'ratio':>7}  of peak   "
-          "(GFLOP/s)")
+    table.line("matmul", "FMA peak of fp32", "GFLOP/s", {"loopmdm fp32": peak})
     shapes = {}  # in order, each once
     for name, V, T, B in SUITE:
         C = reference.PRESETS[name][3]
@@ -255,15 +316,20 @@ def bench_matmul(o, table, lib):
         inp, weight, out = (torch.randn(shape, generator=torch.Generator().manual_seed(1))
                             for shape in ((M, K), (N, K), (M, N)))
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (out, inp, weight)]
-        calls = {"forward": lambda: torch.mm(inp, weight.t(), out=out),
-                 "input's gradient": lambda: torch.mm(out, weight, out=inp),
-                 "weight's gradient": lambda: torch.mm(out.t(), inp, out=weight)}
-        for kind, (what, call) in enumerate(calls.items()):
-            ours, theirs = in_turns(
-                o.turns, 0.7, lambda: lib.bench_matmul(kind, *pointers, M, K, N), seconds_of(call))
-            flops = 2e-9 * M * N * K
-            table.line("matmul", f"({M},{K})x({K},{N}) {what}", "GFLOP/s", flops / ours,
-                       [flops / theirs], f" {100 * flops / ours / peak:7.0f} %")
+
+        def products(i, w, o):
+            """PyTorch's three products of a linear layer."""
+            return [lambda: torch.mm(i, w.t(), out=o), lambda: torch.mm(o, w, out=i),
+                    lambda: torch.mm(o.t(), i, out=w)]
+        theirs = {"fp32": products(inp, weight, out),
+                  "bf16": products(inp.bfloat16(), weight.bfloat16(), out.bfloat16())}
+        for kind, what in enumerate(("forward", "input's gradient", "weight's gradient")):
+            call = functools.partial(lib.bench_matmul, kind, *pointers, M, K, N)
+            sides = {f"loopmdm {p}": of_library(lib, p, call) for p in precisions(o)}
+            sides.update({f"mm {p}": seconds_of(theirs[p][kind]) for p in precisions(o)})
+            values = speeds(2e-9 * M * N * K, in_turns(o.turns, 0.7, sides))
+            table.line("matmul", f"({M},{K})x({K},{N}) {what}", "GFLOP/s", values,
+                       f"  {100 * values['loopmdm fp32'] / peak:.0f} % of the peak")
 
 
 def peak_memory(arguments):
@@ -281,27 +347,22 @@ def peak_memory(arguments):
 
 
 def bench_memory(o, table, folder):
-    """Largest resident memory of training processes, in MiB. The ratio is PyTorch's, with its own
-    part, over loopmdm's."""
-    print(f"{'':36} {'loopmdm':>10} {'recompute':>10} {'PyTorch':>10} {'of it torch':>11}   (MiB)")
+    """Largest resident memory of training processes in fp32, in MiB. The ratio is loopmdm's over
+    that of eager PyTorch with its own part, so lower is better."""
     this = [sys.executable, os.path.abspath(__file__), "--model", o.model, "--vocab", str(o.vocab),
             "--batch", str(o.batch), "--threads", str(o.threads), "--seq-len", str(o.seq_len or 0)]
     no_model = "import torch; torch.mm(torch.ones(64, 64), torch.ones(64, 64))"
-    torch_alone = peak_memory([sys.executable, "-c", no_model])
+    alone = peak_memory([sys.executable, "-c", no_model])
     for S in (1, 4, 8):
-        command = program_arguments(o, S, folder, 2)
+        command = program_arguments(o, S, folder, 2, "fp32")
         remove_run(folder)
         ours = peak_memory(command)
         remove_run(folder)
         recompute = peak_memory(command + ["--recompute"])
         theirs = peak_memory(this + ["--peer", str(S), "--folder", folder])
-        what = shape_of(o, S)
-        print(f"{what:36} {ours:10.0f} {recompute:10.0f} {theirs:10.0f} {torch_alone:11.0f}",
-              flush=True)
-        for name, mine in (what, ours), (what + " --recompute", recompute):
-            table.row("memory", name, "MiB", f"{mine:.0f}", f"{theirs:.0f}", "",
-                      f"{theirs / mine:.3f}")
-    table.row("memory", "PyTorch without a model", "MiB", "", f"{torch_alone:.0f}", "", "")
+        for what, value in (("", ours), (" --recompute", recompute)):
+            table.line("memory", shape_of(o, S) + what, "MiB",
+                       {"loopmdm fp32": value, "eager fp32": theirs}, f"  {alone:.0f} torch alone")
 
 
 def bench_scaling(o, table, folder):
@@ -309,7 +370,6 @@ def bench_scaling(o, table, folder):
     the first."""
     grown = {"seq_len": (128, 256, 512, 1024, 2048), "S": (1, 2, 4, 8, 16), "batch": (1, 4, 16),
              "threads": range(1, o.threads + 1)}
-    print(f"{'milliseconds of a step':36} {'loopmdm':>10}   FLOPs, relative; time, relative")
     for name, values in grown.items():
         first = None
         for value in values:
@@ -322,13 +382,12 @@ def bench_scaling(o, table, folder):
                 changed.batch = max(1, 4096 // value)
                 what += f" batch={changed.batch}"
             c = config_of(changed, S)
-            tokens = changed.batch * c.max_seq_len
-            speed = max(loopmdm_speed(changed, S, folder) for _ in range(o.turns))
-            took = tokens / speed * 1e3
-            flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * tokens
+            took = min(loopmdm_seconds(changed, S, folder, "fp32") for _ in range(o.turns)) * 1e3
+            flops = reference.flops_per_token(c, c.max_seq_len, S, 0.5) * changed.batch
+            flops *= c.max_seq_len
             first = first or (took, flops)
-            table.line("scaling", what, "ms", took, [],
-                       f"   {flops / first[1]:6.2f} {took / first[0]:6.2f}")
+            table.line("scaling", what, "ms", {"loopmdm fp32": took},
+                       f"   {flops / first[1]:6.2f} FLOPs {took / first[0]:6.2f} time")
 
 
 def build(o, parts):
@@ -368,7 +427,7 @@ def options():
     add = parser.add_argument
     add("parts", nargs="*", help=f"of {', '.join(PARTS)} (default train)")
     add("--suite", action="store_true",
-        help="train, forward, sample and memory for all of nano, d6, d12 and d6 with T=1024")
+        help="train, forward, sample and memory for nano, d6 and d12")
     add("--model", default="d6", choices=reference.PRESETS)
     add("--vocab", type=int, default=4096)
     add("--seq-len", type=int, default=0, help="positions (default: the preset's)")
@@ -379,7 +438,6 @@ def options():
     add("--threads", type=int, default=os.cpu_count())
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--program", help="default ./loopmdm, or build/loopmdm_cuda_bf16 with --device cuda")
-    add("--compile", action="store_true", help="torch.compile as well as eager")
     add("--csv", help="file for all figures")
     add("--peer", type=int, help=argparse.SUPPRESS)  # memory: be the process that is measured
     add("--folder", help=argparse.SUPPRESS)
@@ -396,14 +454,12 @@ def main():
     torch.set_num_threads(o.threads)
     if o.peer:
         o.steps = 2
-        Peer(o, o.peer, "eager", o.folder).speed()
+        Peer(o, o.peer, o.folder, "fp32", False).seconds()
         return
     parts = o.parts or ["train"]
     build(o, set(parts))
     lib = library(o) if IN_PROCESS & set(parts) else None
-    where = f"{o.threads} threads, fp32"
-    if o.device == "cuda":
-        where = f"{torch.cuda.get_device_name()}, bf16"
+    where = torch.cuda.get_device_name() if o.device == "cuda" else f"{o.threads} threads"
     print(f"{where}, PyTorch {torch.__version__}; best of {o.turns} turns of {o.steps} steps")
     table = Table(o.csv)
     shapes = SUITE if o.suite else [(o.model, o.vocab, o.seq_len, o.batch)]
@@ -411,7 +467,6 @@ def main():
            "forward": bench_forward, "sample": bench_sample, "matmul": bench_matmul}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            print()
             for model, V, T, B in shapes if part not in ("matmul", "scaling") else shapes[:1]:
                 one = argparse.Namespace(**vars(o))
                 if part != "scaling":

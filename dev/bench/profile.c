@@ -162,6 +162,16 @@ double bench_sample(int S, int steps) {
     return took;
 }
 
+// From now on products are in bfloat16, or in floats again.
+void bench_precision(int bf16) {
+    if (bf16) {
+        gemm_use_bf16();
+        return;
+    }
+    gemm_bf16 = 0;
+    bf16_kernel = NULL;
+}
+
 void bench_threads(int n) {
 #ifdef _OPENMP
     omp_set_num_threads(n);
