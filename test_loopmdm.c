@@ -2526,7 +2526,7 @@ static void check_usage(void) {
         {2, "no effect without --val-data", "train " BASE "--steps 1 --loops 1 --out no"},
         {2, "below 1", "train --data data.bin --vocab 300 --ema 1 --out no"},
         {2, "at most 1", "train --data data.bin --vocab 300 --floor 2 --out no"},
-        {2, "--precision is fp32 or bf16", "train --data data.bin --vocab 300 --precision fp16 --out no"},
+        {2, "--precision is", "train --data data.bin --vocab 300 --precision fp16 --out no"},
         {2, "--loop-dist", "train --data data.bin --vocab 300 --loop-dist bell --out no"},
         {2, "no option --time", "train --data data.bin --vocab 300 --time bell --out no"},
         {2, "--vocab is 300", "train " BASE "--vocab 300 --out no"},

@@ -205,7 +205,8 @@ static void bf16_tile(int M, int N, int tiles, const pair *a, const pair *b, flo
             float square[SQUARE * SQUARE] = {0};
             for (int y = 0; y < m; y++)
                 for (int x = 0; x < n; x++)
-                    square[y * SQUARE + x] = (add ? out[y * ldc + x] : 0) + (bias ? bias[j + x] : 0);
+                    square[y * SQUARE + x] =
+                        (add ? out[y * ldc + x] : 0) + (bias ? bias[j + x] : 0);
             bf16_kernel(tiles, rows, columns, square, SQUARE, square, SQUARE);
             for (int y = 0; y < m; y++)
                 memcpy(out + y * ldc, square + y * SQUARE, n * sizeof(float));

@@ -187,7 +187,8 @@ class Table:
         """
         if self.columns != (part, *values):
             self.columns = part, *values
-            print(f"\n{part + ', ' + unit:36}" + "".join(f" {by:>12}" for by in values) + "  ratios")
+            columns = "".join(f" {by:>12}" for by in values)
+            print(f"\n{part + ', ' + unit:36}{columns}  ratios")
         numbers = "".join(f" {value:12.0f}" for value in values.values())
         print(f"{what:36}{numbers}{ratios(values)}{note}", flush=True)
         for by, value in values.items():
@@ -304,7 +305,7 @@ def bench_sample(o, table, lib):
 
 
 def bench_matmul(o, table, lib):
-    """Each matrix product of a training step, in GFLOP/s. PyTorch's bf16 starts from bf16 tensors."""
+    """Each matrix product of a training step, in GFLOP/s. PyTorch's bf16 has bf16 tensors."""
     peak = max(lib.bench_peak(0.2) for _ in range(5)) * 1e-9
     table.line("matmul", "FMA peak of fp32", "GFLOP/s", {"loopmdm fp32": peak})
     shapes = {}  # in order, each once

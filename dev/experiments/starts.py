@@ -1,6 +1,7 @@
 """
-How should a model start, how deep should it be, how should the presets be trained? Hundreds of small
-models, each with its own initial parameters and recipe, trained on one H100 or H200 in minutes.
+How should a model start, how deep should it be, how should the presets be trained? Hundreds of
+small models, each with its own initial parameters and recipe, trained on one H100 or H200 in
+minutes.
 
 A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
 its first dimension is the model, so one kernel works for all. All models of a group have the same
@@ -393,8 +394,8 @@ def run(name, o):
 
 def table(path):
     """
-    Prints the results: the mean of the seeds, their lowest and highest, by loops in use. "different"
-    is what a recipe has other than most of its group.
+    Prints the results: the mean of the seeds, their lowest and highest, by loops in use.
+    "different" is what a recipe has other than most of its group.
     """
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     names = [f for f in Recipe.__dataclass_fields__ if f != "seed"]

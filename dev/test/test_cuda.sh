@@ -139,7 +139,7 @@ sanitized() { # PRECISION, BF16
     counted
 }
 
-# Errors that can be tried without a GPU: one clear line, and exit status 1.
+# Errors that can be tried without a GPU: one clear line, and exit status 1 (or $want).
 errors() {
     local ok=0 bad=0 program=build/loopmdm_on_cpu_bf16 channels
     local train="train --data build/stories_train.bin --vocab 703 --model d2 --steps 1"
@@ -148,7 +148,8 @@ errors() {
         local words=$1 text status
         text=$(env $2 $program ${@:3} 2>&1 >/dev/null)
         status=$?
-        [ $status -eq "${want:-1}" ] && [ "$(echo "$text" | wc -l)" -eq 1 ] && [[ $text == loopmdm:*$words* ]]
+        [ $status -eq "${want:-1}" ] && [ "$(echo "$text" | wc -l)" -eq 1 ] &&
+            [[ $text == loopmdm:*$words* ]]
         check "$text" $?
     }
     expect 'no GPU' CUDA_ON_CPU_DEVICES=0 $train
