@@ -1,6 +1,6 @@
 /*
-The matrix product and the exponential that loopmdm.c uses if it finds this file. They compute the
-same as the plain versions in loopmdm.c, 10 to 50 times as fast.
+The matrix product and the exponential that loopmdm.c uses if it finds this file. In fp32 they
+compute the same as the plain versions in loopmdm.c, 10 to 50 times as fast.
 
     gemm(product, M, N, K, a, lda, b, ldb, c, ldc, bias, add)       c = or += a b + bias
 
@@ -10,9 +10,12 @@ piece of the operands in one cache.
     N in steps of nc
       K in steps of KC      a panel of B, packed: KC x nc, in L3; threads pack it together
         tiles mc x nt         of C: mc x KC of A stay in the L2 of the thread that takes the tile
-          N in steps of NR      KC x NR of B, in L2 where L1 is too small
+          N in steps of NR      KC x NR of B, in L1, or in L2 if L1 is too small
             M in steps of MR      the microkernel: MR x NR sums stay in registers
               K                     one column of A times one row of B
+
+    K is cut into equal steps of at most KC; gemm_blocks() has nc, mc and nt. In bf16 the last two
+    loops over N and M change places: 32 rows of A in L1, and the panel of B in L2.
 
                NR               "Packed" means: in the order in which the microkernel reads. First
         B  k > |||||            MR values of A, then the next MR; first NR values of B, then the
@@ -150,13 +153,12 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
         }
 }
 
-#include "gemm_bf16.h" // the same two in bfloat16: packing, and the microkernel
+#include "gemm_bf16.h" // bf16_pack() and bf16_tile(), in place of gemm_pack() and gemm_micro()
 
 // Packs n rows of A or columns of B, of k values each.
 static void gemm_pack_operand(float *dst, const float *src, size_t stride_n, size_t stride_k, int n,
                               int k, int is_a) {
-    int width = NR;
-    if (is_a) width = MR;
+    int width = is_a ? (int)MR : (int)NR;
     if (bf16_kernel) {
         bf16_pack((pair *)dst, src, stride_n, stride_k, n, k, is_a);
         return;
@@ -165,12 +167,13 @@ static void gemm_pack_operand(float *dst, const float *src, size_t stride_n, siz
     if (gemm_bf16) bf16_round(dst, (size_t)(n + width - 1) / width * width * k);
 }
 
-// The size of a packed row of A or column of B, in floats.
+// How many floats of memory a packed row of A, or column of B, of k values takes.
 static size_t gemm_packed(int k) {
-    return bf16_kernel ? (size_t)(k + SQUARE - 1) / SQUARE * TILE : (size_t)k;
+    return bf16_kernel ? (size_t)(k + DEPTH - 1) / DEPTH * TILE : (size_t)k;
 }
 
-// How M and N are cut (see above); in multiples of the microkernel's mr x nr.
+// How M and N are cut (see the top). One call of the microkernel computes mr x nr; mc, nt and nc
+// are multiples of these.
 typedef struct { int mr, nr, mc, nt, nc; } Blocks;
 
 static Blocks gemm_blocks(void) {
@@ -196,20 +199,20 @@ static void gemm_pack_b(const Product *g, Panel p, int j, int n, float *b_packed
     gemm_pack_operand(b_packed + j * gemm_packed(p.k), b, g->b_col, g->b_row, n, p.k, 0);
 }
 
-// A tile of c, in one thread: rows i0 .. i0+m, the panel's columns j0 .. j0+n. m <= MOST_MC. Floats
-// of A that lie side by side along K are read where they lie, except a last panel of fewer than MR
-// rows. The others are packed first.
+// A tile of c, in one thread: rows i0 .. i0+m, the panel's columns j0 .. j0+n. m <= MOST_MC. In
+// fp32, rows of A whose values lie side by side along K are read where they lie; a last group of
+// fewer than MR rows is packed. In all other cases A is packed first.
 static void gemm_tile(const Product *g, Panel p, int i0, int m, int j0, int n,
                       const float *b_packed) {
     const float *a = g->a + i0 * g->a_row + p.k0 * g->a_col;
     const float *bias = g->bias && p.k0 == 0 ? g->bias + p.n0 + j0 : NULL;
     float *c = g->c + i0 * g->ldc + p.n0 + j0, *a_packed = gemm_memory(0, MOST_MC * KC);
     int add = g->add == ADD || p.k0 > 0;
-    int in_place = !gemm_bf16 && g->a_col == 1 ? m / MR * MR : 0; // rows
+    int in_place = !gemm_bf16 && g->a_col == 1 ? m / MR * MR : 0; // rows that are not packed
     b_packed += j0 * gemm_packed(p.k);
     gemm_pack_operand(a_packed, a + in_place * g->a_row, g->a_row, g->a_col, m - in_place, p.k, 1);
     if (bf16_kernel) {
-        bf16_tile(m, n, (p.k + SQUARE - 1) / SQUARE, (const pair *)a_packed,
+        bf16_tile(m, n, (p.k + DEPTH - 1) / DEPTH, (const pair *)a_packed,
                   (const pair *)b_packed, c, g->ldc, bias, add);
         return;
     }
@@ -237,8 +240,8 @@ static void gemm_alone(const Product *g, Blocks z, int kc, float *b_packed) {
 #ifdef _OPENMP
 // The same with all threads. They pack a panel of B together, then take tiles of C.
 static void gemm_shared(const Product *g, Blocks z, int kc, float *b_packed) {
-    int rows = min_int(z.mc, (g->M + 8 * z.mr - 1) / (8 * z.mr) * z.mr); // at least 8 tiles
-    int columns = 4 * z.nr;
+    int shares = 4 * omp_get_max_threads(), columns = 4 * z.nr; // some cores may be slower
+    int rows = min_int(z.mc, (g->M + shares * z.mr - 1) / (shares * z.mr) * z.mr);
 #pragma omp parallel
     for (int n0 = 0; n0 < g->N; n0 += z.nc)
         for (int k0 = 0; k0 < g->K; k0 += kc) {
@@ -263,6 +266,7 @@ static void gemm(int product, int M, int N, int K, const float *a, int lda, cons
     Product g = {M, N, K, a, b, bias, a_row, a_col, b_row, b_col, (size_t)ldc, c, add};
     Blocks z = gemm_blocks();
     int steps = (K + KC - 1) / KC, kc = (K + steps - 1) / steps; // K in steps of one size
+    if (bf16_kernel) kc = (kc + DEPTH - 1) / DEPTH * DEPTH; // whole tiles
     float *b_packed = gemm_memory(1, (min_int(N, z.nc) + z.nr) * gemm_packed(kc));
 #ifdef _OPENMP
     if (omp_get_level() == 0 && WORTH((size_t)M * N * K / 16)) {

@@ -1,18 +1,22 @@
 /*
-Matrix products in bfloat16 (--precision bf16): a float's upper half, with 8 significant bits. Both
-operands are rounded while they are packed; products and sums are exact to a float. In memory all
-tensors stay floats. gemm.h includes this file.
+Matrix products in bfloat16 (--precision bf16). A bfloat16 is the upper half of a float: it has 8
+significant bits. gemm.h rounds both operands while it packs them. The product of two bfloat16 is
+exact in a float. Sums are floats, and all tensors in memory stay floats. gemm.h includes this file.
 
-A pair is two neighbours along K, in 32 bits. A tile is 16 x 16 pairs, 1 KiB: of A 16 rows of 32
-values, of B 32 values of 16 columns. A panel is tiles side by side along K.
+The instructions multiply pairs. A pair is two neighbours along K, in 32 bits. The product of the
+pairs (a0,a1) and (b0,b1) is a0 b0 + a1 b1. A tile is 16 x 16 pairs, 1 KiB:
 
-    a tile of A                    a tile of B                     two tiles multiplied
-    row 0   k=0,1  k=2,3  ..       k=0,1   column 0  column 1 ..     AMX:         1 instruction
-    row 1   k=0,1  k=2,3  ..       k=2,3   column 0  column 1 ..     AVX512-BF16: 256 instructions
-    ..                             ..
+    a tile of A: 16 rows             a tile of B: 16 columns
+    row 0   k=0,1  k=2,3  ..         k=0,1   column 0  column 1  ..
+    row 1   k=0,1  k=2,3  ..         k=2,3   column 0  column 1  ..
+    ..                               ..
 
-Without these instructions the operands are rounded, and gemm.h's microkernel multiplies them as
-floats: the same results but for the order of sums, at fp32's speed at best.
+In this file a panel is 16 rows of A, or 16 columns of B. Its tiles follow each other along K.
+
+AVX512-BF16 multiplies one pair of A by 16 pairs of B: 256 instructions for two tiles. AMX has eight
+registers for tiles, and one instruction multiplies two tiles. Both take subnormal numbers as zero,
+as the program does. Without these instructions gemm.h's microkernel multiplies the rounded operands
+as floats. Only the order of the sums differs, but it is no faster than fp32.
 */
 #if defined(BF16_ON_CPU)
 #include "test/bf16_on_cpu.h" // a test: the instructions as functions
@@ -22,25 +26,29 @@ floats: the same results but for the order of sums, at fp32's speed at best.
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+// A function with TARGET may use these instructions, whatever -march says.
 #define TARGET(features) __attribute__((target(features)))
 #endif
 
 typedef uint32_t pair; // the first value is in the lower half
-enum { TILE = 16, PAIRS = TILE * TILE, SQUARE = 2 * TILE };
+enum { TILE = 16, PAIRS = TILE * TILE };
+enum { DEPTH = 2 * TILE };  // values of a tile along K
+enum { SQUARE = 2 * TILE }; // a kernel computes SQUARE x SQUARE of C
 
-// c (32,32) = init + a b. a and b are two panels each, of so many tiles. Rows of init are init_row
-// apart: with 0 all are the same.
+// c (32,32) = init + a b. a is two panels, one after the other, and so is b. A panel has so many
+// tiles. Rows of init are init_row floats apart: with 0 all rows are the same (a bias).
 typedef void Kernel(int tiles, const pair *a, const pair *b, const float *init, size_t init_row,
                     float *c, size_t ldc);
 static Kernel *bf16_kernel; // NULL: floats, rounded if gemm_bf16
 static int gemm_bf16;       // products are in bfloat16
 
 #ifdef TARGET
-// AVX512-BF16 (AMD since Zen 4, Intel): an instruction adds 16 products of pairs to 16 sums.
+// AVX512-BF16 (AMD since Zen 4, some Intel Xeons since 2020): one instruction adds 16 products of
+// pairs to 16 sums.
 TARGET("avx512f,avx512bf16")
 static void bf16_avx512(int tiles, const pair *a, const pair *b, const float *init, size_t init_row,
                         float *c, size_t ldc) {
-    enum { ROWS = 8 }; // 16 sums in registers, of 32
+    enum { ROWS = 8 }; // 8 rows x 2 vectors: 16 of the 32 registers hold sums
     size_t panel = (size_t)tiles * PAIRS;
     for (int i0 = 0; i0 < SQUARE; i0 += ROWS) {
         const pair *rows = a + i0 / TILE * panel + i0 % TILE * TILE, *columns = b;
@@ -65,7 +73,7 @@ static void bf16_avx512(int tiles, const pair *a, const pair *b, const float *in
     }
 }
 
-// AMX (Intel since 2023). The processor has eight tiles: here four of sums, two of A, two of B.
+// AMX (Intel Xeons since 2023). Of its eight registers four hold sums, two A, and two B.
 TARGET("amx-tile,amx-bf16")
 static void bf16_amx(int tiles, const pair *a, const pair *b, const float *init, size_t init_row,
                      float *c, size_t ldc) {
@@ -75,44 +83,49 @@ static void bf16_amx(int tiles, const pair *a, const pair *b, const float *init,
         memset(&shape, 0, sizeof shape);
         shape.palette = 1;
         for (int i = 0; i < 8; i++) {
-            shape.bytes[i] = 4 * TILE;
+            shape.bytes[i] = 4 * TILE; // of a row
             shape.rows[i] = TILE;
         }
-        // GCC 12 believes that the instruction reads eight bytes, and would drop the rest.
+        // GCC 12 thinks that the instruction reads eight bytes. Without this line it would drop
+        // the stores into the others.
         __asm__ volatile("" : : "r"(&shape) : "memory");
         _tile_loadconfig(&shape);
         configured = 1;
     }
 
-    size_t panel = (size_t)tiles * PAIRS;
+    // Distances of rows are in bytes. In GCC 11 these are macros without parentheses of their own.
+    size_t panel = (size_t)tiles * PAIRS, init_bytes = init_row * 4, c_bytes = ldc * 4;
     const float *lower = init + TILE * init_row;
-    _tile_loadd(0, init, init_row * 4); // distances of rows are in bytes
-    _tile_loadd(1, init + TILE, init_row * 4);
-    _tile_loadd(2, lower, init_row * 4);
-    _tile_loadd(3, lower + TILE, init_row * 4);
+    _tile_loadd(0, init, init_bytes);
+    _tile_loadd(1, (init + TILE), init_bytes);
+    _tile_loadd(2, lower, init_bytes);
+    _tile_loadd(3, (lower + TILE), init_bytes);
     for (int t = 0; t < tiles; t++, a += PAIRS, b += PAIRS) {
-        _tile_loadd(4, a, 4 * TILE);
-        _tile_loadd(5, a + panel, 4 * TILE);
-        _tile_loadd(6, b, 4 * TILE);
-        _tile_loadd(7, b + panel, 4 * TILE);
+        _tile_loadd(4, a, 64);
+        _tile_loadd(5, (a + panel), 64);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, (b + panel), 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + TILE, ldc * 4);
-    _tile_stored(2, c + TILE * ldc, ldc * 4);
-    _tile_stored(3, c + TILE * ldc + TILE, ldc * 4);
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, (c + TILE), c_bytes);
+    _tile_stored(2, (c + TILE * ldc), c_bytes);
+    _tile_stored(3, (c + TILE * ldc + TILE), c_bytes);
 }
 #endif
 
 // From now on products are in bfloat16. Returns what multiplies them.
+__attribute__((unused)) // in loopmdm.c by itself
 static const char *gemm_use_bf16(void) {
     gemm_bf16 = 1;
 #if defined(TARGET) && !defined(BF16_ON_CPU)
     enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 }; // bits of edx
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 }; // Linux saves tiles for who asks
+    // A process may use tiles only after it has asked Linux. Linux refuses if it or a hypervisor
+    // does not support them.
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
     unsigned eax, ebx, ecx, edx = 0;
     __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
     if (edx & AMX_BF16 && edx & AMX_TILE &&
@@ -125,17 +138,19 @@ static const char *gemm_use_bf16(void) {
         return "bf16, by AVX512-BF16";
     }
 #endif
-    return "bf16, but this CPU has no instruction for it: fp32 is faster";
+    return "bf16, as rounded floats: no instruction for it is known here, and fp32 is faster";
 }
 
-// The nearest bfloat16, in the lower half; from the middle the even one. NaN stays NaN.
+// The nearest bfloat16, in the lower 16 bits; of two equally near ones the even one. 0x7fff carries
+// into the upper half if the lower half is above the middle. In the middle it does so only with the
+// 1 that an odd upper half adds. NaN stays NaN.
 static inline pair to_bf16(float x) {
     union { float f; uint32_t u; } bits = {x};
     uint32_t rounded = bits.u + 0x7fff + (bits.u >> 16 & 1);
     return (x == x ? rounded : bits.u | 0x400000) >> 16;
 }
 
-// Rounds n floats to bfloat16.
+// Rounds n floats to bfloat16, to be multiplied as floats.
 static void bf16_round(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         union { uint32_t u; float f; } bits = {to_bf16(x[i]) << 16};
@@ -148,26 +163,26 @@ static void bf16_pack_edge(pair *dst, const float *src, size_t stride_n, size_t 
                            int k, int is_a) {
     memset(dst, 0, PAIRS * sizeof(pair));
     for (int i = 0; i < min_int(n, TILE); i++)
-        for (int p = 0; p < min_int(k, SQUARE); p++) {
+        for (int p = 0; p < min_int(k, DEPTH); p++) {
             pair value = to_bf16(src[i * stride_n + p * stride_k]);
             dst[is_a ? i * TILE + p / 2 : p / 2 * TILE + i] |= value << p % 2 * 16;
         }
 }
 
-// Rounds src (n,k) with strides and packs it into panels, an even number of them. n runs along rows
-// of A or columns of B.
+// Rounds src (n,k) with strides and packs it into panels. Their number is even, because a kernel
+// takes two at a time. n runs along rows of A or columns of B.
 static void bf16_pack(pair *dst, const float *src, size_t stride_n, size_t stride_k, int n, int k,
                       int is_a) {
     int panels = (n + SQUARE - 1) / SQUARE * 2;
     for (int i0 = 0; i0 < panels * TILE; i0 += TILE)
-        for (int k0 = 0; k0 < k; k0 += SQUARE, dst += PAIRS) {
+        for (int k0 = 0; k0 < k; k0 += DEPTH, dst += PAIRS) {
             const float *from = src + i0 * stride_n + k0 * stride_k;
-            if (i0 + TILE > n || k0 + SQUARE > k) {
+            if (i0 + TILE > n || k0 + DEPTH > k) {
                 bf16_pack_edge(dst, from, stride_n, stride_k, n - i0, k - k0, is_a);
                 continue;
             }
 
-            // It reads along cache lines. If these run across the tile's rows, it is turned after.
+            // We read along cache lines. If the tile has the other order, we transpose it after.
             int along_k = stride_k == 1;
             pair turned[PAIRS], *out = along_k == is_a ? dst : turned;
             if (along_k)
@@ -200,8 +215,8 @@ static void bf16_tile(int M, int N, int tiles, const pair *a, const pair *b, flo
                 continue;
             }
 
-            // At the edges through a square. Here too the sum begins with what is there, so that
-            // a row's result does not depend on how many rows there are.
+            // At an edge the kernel works on a copy. Here too the sum begins with what is in c, so
+            // that a row's result does not depend on how many rows there are.
             float square[SQUARE * SQUARE] = {0};
             for (int y = 0; y < m; y++)
                 for (int x = 0; x < n; x++)

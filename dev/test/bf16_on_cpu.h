@@ -1,5 +1,6 @@
 // The instructions of AMX and AVX512-BF16 that dev/gemm_bf16.h uses, as functions: so any computer
-// can check its kernels. gemm_bf16.h includes this with -DBF16_ON_CPU.
+// can check its kernels. gemm_bf16.h includes this with -DBF16_ON_CPU. Sums have another order than
+// in the processor, so the last bits differ.
 
 static float bf16_value(uint32_t half) {
     union { uint32_t u; float f; } bits = {half << 16};

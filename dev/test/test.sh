@@ -144,15 +144,15 @@ test_in() {
 
 # --precision bf16: 200 steps beside fp32 (the tolerance is that of test_cuda.sh), other threads.
 precision() {
-    local ok=0 bad=0 largest folder=build/test/precision
+    local ok=0 bad=0 largest command said folder=build/test/precision
     local recipe="--data build/stories_train.bin --val-data build/stories_val.bin --val-rows 64
         --tokenizer dev/data/stories.tok --model d2 --layers 3 --loop 1:2 --lr 3e-3 --steps 200"
     rm -rf $folder
     ./loopmdm train $recipe --threads 1 --out $folder/fp32 >/dev/null
     ./loopmdm train $recipe --threads 1 --precision bf16 --out $folder/bf16 >$folder.log
     check "trains in bf16" $?
-    grep -q '^matrix products: bf16' $folder.log
-    check "says so: $(grep '^matrix' $folder.log)" $?
+    said=$(grep '^matrix products: bf16' $folder.log)
+    check "says so: $said" $?
     largest=$(paste -d, <(cut -d, -f4 $folder/fp32/log.csv) <(cut -d, -f4 $folder/bf16/log.csv) |
         awk -F, 'NR > 1 {d = $1 > $2 ? $1 - $2 : $2 - $1; if (d > m) m = d}
             END {print NR == 201 ? m : 9}')
@@ -161,6 +161,11 @@ precision() {
     ./loopmdm train $recipe --threads 2 --precision bf16 --out $folder/two >/dev/null
     cmp -s $folder/bf16/model.bin $folder/two/model.bin
     check "two threads give the same bits as one" $?
+    for command in "eval --data build/stories_val.bin --rows 64 --loops 2" "sample --steps 4"; do
+        said=$(./loopmdm $command --model $folder/bf16 --precision bf16 2>&1 >/dev/null)
+        [[ $said == "matrix products: bf16"* ]]
+        check "${command%% *} says so" $?
+    done
     counted
 }
 
@@ -208,7 +213,9 @@ start compilers compilers
 start portable build_and_run portable "-O2"
 start plain_gemm build_and_run plain_gemm "-O3 $ARCH -DPLAIN_GEMM"
 start bf16 test_in bf16 "-O3 $ARCH $OPENMP -DBF16=1" ./loopmdm "${small[@]}"
-start bf16_kernels test_in bf16_kernels "-O3 $ARCH -DBF16=1 -DBF16_ON_CPU" --layers
+OMP_NUM_THREADS=3 start bf16_kernels test_in bf16_kernels \
+    "-O2 $ARCH $OPENMP -DBF16=1 -DBF16_ON_CPU" --layers
+start bf16_sanitized test_in bf16_sanitized "$sanitizers -DBF16=1 -DBF16_ON_CPU" --layers
 start precision precision
 start alone alone
 start refused refused

@@ -124,13 +124,14 @@ same_digest() {
 
 # AddressSanitizer: nothing is read or written out of bounds, and it would be noticed.
 sanitized() { # PRECISION, BF16
-    local ok=0 bad=0 test=$work/test_sanitized_$1
+    local ok=0 bad=0 status test=$work/test_sanitized_$1
     $CXX -x c++ -std=c++17 -I. -O1 -g1 $OPENMP -fsanitize=address,undefined \
         -fno-sanitize-recover=all -Wall -Wextra -Werror -DBF16=$2 \
         -DBACKEND='"build/loopmdm_on_cpu.cpp"' test_loopmdm.c -o "$test"
     check "$1: build" $?
     "$test" --layers >"$work/layers_$1" 2>&1
-    check "$1: layers: $(tail -n 1 "$work/layers_$1")" $?
+    status=$?
+    check "$1: layers: $(tail -n 1 "$work/layers_$1")" $status
     "$test" --digest >/dev/null
     check "$1: training steps and samples" $?
     "$test" --out-of-bounds >"$work/asan_$1" 2>&1
@@ -196,8 +197,10 @@ both() { # start NAME_PRECISION for both precisions
 
 if [ "$where" = cuda ]; then
     jobs=1 # a part has the GPU for itself
-    if $PYTHON dev/reference/dump.py --large --out "$work/reference" >/dev/null 2>&1; then
-        references+=("$work"/reference/*.bin)
+    large=${LARGE:-$work/reference} # LARGE: a folder that has them already
+    if [ -n "${LARGE:-}" ] || $PYTHON dev/reference/dump.py --large --out "$large" >/dev/null 2>&1
+    then
+        references+=("$large"/*.bin)
     else
         echo "no PyTorch in $PYTHON: without the large reference files"
     fi
