@@ -5,7 +5,7 @@
 # make style        figures of how readable loopmdm.c is, and their limits (python3)
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
 #                   that they work. TINYSTORIES=FILE adds real text
-# make bench        speed and memory beside PyTorch: an hour. QUICK=1: the main table, 5 minutes
+# make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
 # make clean        removes what was built, the trained model too
 #
 # make loopmdm_cuda         builds for this machine's GPU with nvcc. PRECISION=fp32 for checks

@@ -12,9 +12,9 @@ that others use too, only the ratio within one run means something.
                                                     under autocast
     python3 dev/bench/bench.py --device cuda --model d12 --vocab 50257 --batch 8
 
-PyTorch is as a good user has it: fp32, and bf16 under autocast where the CPU has instructions for
-it; eager, and compiled (the layer and the head, which takes seconds). The ratios are those of the
-best of each side: with fp32 only, and with all.
+PyTorch is as a good user has it: in fp32, and in bf16 under autocast where the CPU has instructions
+for it; eager, and compiled (the layer and the head, which takes seconds). There are two ratios of
+the best of loopmdm to the best of PyTorch: in fp32, and of all.
 
 train    a step: forward, backward, clipping and AdamW, with the LM head at masked positions, on
          random tokens. loopmdm is the program itself, which makes its batches. PyTorch's batches
@@ -28,7 +28,7 @@ memory   largest resident memory of a training process. What PyTorch needs witho
          beside it.
 scaling  how a training step's time grows with T, S, B and threads; only loopmdm.
 
-Prints tables, and adds lines to --csv: part, what, unit, by whom, value.
+Prints tables, and writes lines into --csv: part, what, unit, by whom, value.
 """
 import argparse
 import csv
