@@ -30,16 +30,31 @@ loopmdm.c includes this file. It has die(), min_int(), OMP, WORTH and the names 
 #endif
 #if defined(__AVX512F__)
 enum { VECTOR = 16, MR = 12 }; // floats in a vector; MR x 2 vectors of sums fill the registers
+#define INTERLEAVE(i) PAIRS4(i), PAIRS4(i + 4)
 #elif defined(__AVX__)
 enum { VECTOR = 8, MR = 6 };
+#define INTERLEAVE(i) PAIRS4(i)
 #elif defined(__aarch64__)
 enum { VECTOR = 4, MR = 12 };
+#define INTERLEAVE(i) PAIRS2(i)
 #else
 enum { VECTOR = 4, MR = 6 };
+#define INTERLEAVE(i) PAIRS2(i)
 #endif
 enum { NR = 2 * VECTOR, KC = 512, MOST_MC = 128 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)),
                                  may_alias));
+
+// INTERLEAVE(i): places in two vectors together, i of the first, i of the second, i + 1 of the
+// first, ..: as many as a vector has.
+#define PAIRS2(i) i, VECTOR + i, i + 1, VECTOR + i + 1
+#define PAIRS4(i) PAIRS2(i), PAIRS2(i + 2)
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(VECTOR * sizeof(int32_t))));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
 
 // e^x within 2 units in the last place, in arithmetic that compilers turn into vector instructions.
 // Results stay between 1.6e-38 and 6.1e37. NaN stays NaN.
@@ -75,38 +90,69 @@ static float *gemm_memory(int which, size_t count) {
     return (float *)memory[which];
 }
 
+// dst = src transposed, VECTOR x VECTOR values. Rows lie so many values apart.
+static inline void transpose(float *dst, size_t dst_row, const float *src, size_t src_row) {
+    vec a[VECTOR], b[VECTOR];
+    for (int i = 0; i < VECTOR; i++) a[i] = *(const vec *)(src + i * src_row);
+
+    // Interleaving the first half of all values with the second half moves the highest bit of each
+    // value's number to its lowest. After log2(VECTOR) times, row and column have changed places.
+    for (int bits = 1; bits < VECTOR; bits *= 2) {
+        for (int i = 0; i < VECTOR / 2; i++) {
+            b[2 * i] = SHUFFLE(a[i], a[i + VECTOR / 2], INTERLEAVE(0));
+            b[2 * i + 1] = SHUFFLE(a[i], a[i + VECTOR / 2], INTERLEAVE(VECTOR / 2));
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < VECTOR; i++) *(vec *)(dst + i * dst_row) = a[i];
+}
+
 // Packs src (n,k) with strides into panels (k,width): width values side by side, the last panel
 // padded with zeros.
 static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size_t stride_k,
                              int n, int k, int width) {
-    enum { LINE = 16, AHEAD = 8 };
-    int whole = n / width * width;
+    enum { ROWS = 8, AHEAD = 16 };
+    int whole = n / width * width, done = 0; // done: of k, in whole panels
     if (stride_n == 1) {
-        // n is the dense dimension. No processor guesses these strides, so we prefetch.
-        for (int p = 0; p < k; p++) {
-            const float *row = src + p * stride_k;
-            for (int j = 0; j < whole; j += LINE) __builtin_prefetch(row + AHEAD * stride_k + j);
+        // n is the dense dimension. We take a few rows at a time: panels may lie a multiple of
+        // 4 KiB apart, and then few lines of them fit into L1 together. No processor guesses these
+        // strides, so we prefetch.
+        for (int p0 = 0; p0 < k; p0 += ROWS)
             for (int j = 0; j < whole; j += width)
-                memcpy(dst + (size_t)j * k + p * width, row + j, width * sizeof(float));
-        }
-    } else {
-        // It reads a cache line along k, for each of the width rows.
-        for (int j = 0; j < whole; j += width)
-            for (int p0 = 0; p0 < k; p0 += LINE)
-                for (int i = 0; i < width; i++) {
-                    const float *row = src + (j + i) * stride_n;
-                    float *panel = dst + (size_t)j * k + i;
-                    int end = min_int(p0 + LINE, k);
-                    for (int p = p0; p < end; p++) panel[p * width] = row[p * stride_k];
+                for (int p = p0; p < min_int(p0 + ROWS, k); p++) {
+                    const float *row = src + p * stride_k + j;
+                    __builtin_prefetch(row + AHEAD * stride_k);
+                    memcpy(dst + (size_t)j * k + p * width, row, width * sizeof(float));
                 }
+        done = k;
+    } else if (width % VECTOR == 0) {
+        for (int j = 0; j < whole; j += width)
+            for (int p = 0; p + VECTOR <= k; p += VECTOR)
+                for (int i = 0; i < width; i += VECTOR)
+                    transpose(dst + (size_t)j * k + p * width + i, width,
+                              src + (j + i) * stride_n + p, stride_n);
+        done = k / VECTOR * VECTOR;
     }
-    if (whole == n) return;
-    float *last = dst + (size_t)whole * k;
-    memset(last, 0, (size_t)k * width * sizeof(float));
-    for (int p = 0; p < k; p++)
-        for (int i = whole; i < n; i++)
-            last[p * width + i - whole] = src[i * stride_n + p * stride_k];
+
+    // What is left: the end of k, and the last panel.
+    memset(dst + (size_t)whole * k, 0, (n > whole ? (size_t)k * width : 0) * sizeof(float));
+    for (int j = 0; j < n; j += width) {
+        int rows = min_int(width, n - j);
+        for (int p = rows == width ? done : 0; p < k; p++)
+            for (int i = 0; i < rows; i++)
+                dst[(size_t)j * k + p * width + i] = src[(j + i) * stride_n + p * stride_k];
+    }
 }
+
+// Keeps a vector in a register. If registers are few, gcc loads b0 from memory for each of the MR
+// products below instead. That is up to a fifth slower: no core loads so fast.
+#if defined(__x86_64__)
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define IN_REGISTER(vector) __asm__("" : "+w"(vector))
+#else
+#define IN_REGISTER(vector)
+#endif
 
 // sum (MR, vectors x VECTOR) = a (MR,k) b (k,NR). It uses one vector of the two where no more
 // columns are wanted. This function and the next are always inlined: attention's sums are short,
@@ -117,6 +163,8 @@ static inline void gemm_sums(vec sum[MR][2], int vectors, int k, const float *a,
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
     for (int p = 0; p < k; p++, a += a_col, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VECTOR);
+        IN_REGISTER(b0);
+        if (vectors == 2) IN_REGISTER(b1);
         for (int i = 0; i < MR; i++) {
             sum[i][0] += a[i * a_row] * b0;
             if (vectors == 2) sum[i][1] += a[i * a_row] * b1;

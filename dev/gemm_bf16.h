@@ -194,8 +194,10 @@ static void bf16_pack(pair *dst, const float *src, size_t stride_n, size_t strid
                     for (int i = 0; i < TILE; i++)
                         out[p * TILE + i] = to_bf16(from[i]) | to_bf16(from[stride_k + i]) << 16;
             if (out == turned)
-                for (int i = 0; i < TILE; i++)
-                    for (int p = 0; p < TILE; p++) dst[i * TILE + p] = turned[p * TILE + i];
+                for (int i = 0; i < TILE; i += VECTOR)
+                    for (int p = 0; p < TILE; p += VECTOR)
+                        transpose((float *)(dst + i * TILE + p), TILE,
+                                  (float *)(turned + p * TILE + i), TILE);
         }
 }
 
