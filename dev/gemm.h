@@ -154,9 +154,9 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
 #define IN_REGISTER(vector)
 #endif
 
-// sum (MR, vectors x VECTOR) = a (MR,k) b (k,NR). It uses one vector of the two where no more
-// columns are wanted. This function and the next are always inlined: attention's sums are short,
-// and calls would take a tenth of its time.
+// sum (MR, vectors x VECTOR) = a (MR,k) b (k,NR), with one or both vectors of b. This function and
+// the next two are always inlined: attention's sums are short, and calls would take a tenth of its
+// time.
 __attribute__((always_inline))
 static inline void gemm_sums(vec sum[MR][2], int vectors, int k, const float *a, size_t a_row,
                              size_t a_col, const float *b) {
@@ -172,27 +172,37 @@ static inline void gemm_sums(vec sum[MR][2], int vectors, int k, const float *a,
     }
 }
 
+// c (MR, vectors x VECTOR) = or += a b + bias. Without variable indices sums stay in registers.
+__attribute__((always_inline))
+static inline void gemm_whole(int vectors, int k, const float *a, size_t a_row, size_t a_col,
+                              const float *b, float *c, size_t ldc, const float *bias, int add) {
+    vec sum[MR][2];
+    gemm_sums(sum, vectors, k, a, a_row, a_col, b);
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < MR; i++) {
+            vec r = sum[i][v], *out = (vec *)(c + i * ldc + v * VECTOR);
+            if (bias) r += *(const vec *)(bias + v * VECTOR);
+            if (add) r += *out;
+            *out = r;
+        }
+}
+
 // c (m,n) = or += a (MR,k) b (k,NR) + bias (n). b is packed; a[i*a_row + p*a_col] is packed or not.
 // At the edges m < MR, n < NR.
 __attribute__((always_inline))
 static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col, const float *b,
                               float *c, size_t ldc, int m, int n, const float *bias, int add) {
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1); // it comes during the sums
-    vec sum[MR][2];
-    if (n > VECTOR) gemm_sums(sum, 2, k, a, a_row, a_col, b);
-    else gemm_sums(sum, 1, k, a, a_row, a_col, b);
-
-    if (m == MR && n % VECTOR == 0) {
-        // A whole tile. Without variable indices the sums never leave their registers.
-        for (int v = 0; v < 2 && v * VECTOR < n; v++)
-            for (int i = 0; i < MR; i++) {
-                vec r = sum[i][v], *out = (vec *)(c + i * ldc + v * VECTOR);
-                if (bias) r += *(const vec *)(bias + v * VECTOR);
-                if (add) r += *out;
-                *out = r;
-            }
+    if (m == MR && n == NR) {
+        gemm_whole(2, k, a, a_row, a_col, b, c, ldc, bias, add);
         return;
     }
+    if (m == MR && n == VECTOR) {
+        gemm_whole(1, k, a, a_row, a_col, b, c, ldc, bias, add);
+        return;
+    }
+    vec sum[MR][2];
+    gemm_sums(sum, 2, k, a, a_row, a_col, b);
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             float r = sum[i][j / VECTOR][j % VECTOR] + (bias ? bias[j] : 0);
