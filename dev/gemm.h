@@ -135,7 +135,7 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
     }
 
     // What is left: the end of k, and the last panel.
-    memset(dst + (size_t)whole * k, 0, (n > whole ? (size_t)k * width : 0) * sizeof(float));
+    if (whole < n) memset(dst + (size_t)whole * k, 0, (size_t)k * width * sizeof(float));
     for (int j = 0; j < n; j += width) {
         int rows = min_int(width, n - j);
         for (int p = rows == width ? done : 0; p < k; p++)
