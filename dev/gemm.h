@@ -28,6 +28,11 @@ loopmdm.c includes this file. It has die(), min_int(), OMP, WORTH and the names 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+// INTERLEAVE(i): places in two vectors together, i of the first, i of the second, i + 1 of the
+// first, ..: as many as a vector has. transpose() needs them.
+#define PAIRS2(i) i, VECTOR + i, i + 1, VECTOR + i + 1
+#define PAIRS4(i) PAIRS2(i), PAIRS2(i + 2)
 #if defined(__AVX512F__)
 enum { VECTOR = 16, MR = 12 }; // floats in a vector; MR x 2 vectors of sums fill the registers
 #define INTERLEAVE(i) PAIRS4(i), PAIRS4(i + 4)
@@ -45,10 +50,6 @@ enum { NR = 2 * VECTOR, KC = 512, MOST_MC = 128 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)),
                                  may_alias));
 
-// INTERLEAVE(i): places in two vectors together, i of the first, i of the second, i + 1 of the
-// first, ..: as many as a vector has.
-#define PAIRS2(i) i, VECTOR + i, i + 1, VECTOR + i + 1
-#define PAIRS4(i) PAIRS2(i), PAIRS2(i + 2)
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -107,8 +108,8 @@ static inline void transpose(float *dst, size_t dst_row, const float *src, size_
     for (int i = 0; i < VECTOR; i++) *(vec *)(dst + i * dst_row) = a[i];
 }
 
-// Packs src (n,k) with strides into panels (k,width): width values side by side, the last panel
-// padded with zeros.
+// Packs src (n,k) into panels (k,width): width values side by side, the last panel padded with
+// zeros. One of the two strides is 1.
 static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size_t stride_k,
                              int n, int k, int width) {
     enum { ROWS = 8, AHEAD = 16 };
@@ -144,8 +145,8 @@ static inline void gemm_pack(float *dst, const float *src, size_t stride_n, size
     }
 }
 
-// Keeps a vector in a register. If registers are few, gcc loads b0 from memory for each of the MR
-// products below instead. That is up to a fifth slower: no core loads so fast.
+// Keeps a vector in a register. Where registers are few, gcc would load b0 below from memory again
+// for each of its MR products. That is up to a fifth slower: no core loads so fast.
 #if defined(__x86_64__)
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 #elif defined(__aarch64__)
