@@ -39,7 +39,11 @@ PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
 $(if $(BF16_$(PRECISION)),,$(error PRECISION=$(PRECISION): choose bf16 or fp32))
-GPU = native
+# H100 and H200 have instructions that code for others does not use: sm_90a.
+GPU := $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+	2>/dev/null)),sm_90a,native)
+PRECISION_fp32 = -DBF16=0
+PRECISION_bf16 = -DBF16=1 -DHOPPER=$(if $(filter sm_90a,$(GPU)),1,0)
 NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings \
 	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
 
@@ -82,9 +86,12 @@ build/fuzz: dev/test/fuzz.c $(PROGRAM) build/flags
 
 # ---- loopmdm.cu: program and test in both precisions, for the GPU and for the CPU ----
 
-build/%_on_cpu.cpp: %.cu dev/cuda_on_cpu/launches.sed
-	@mkdir -p build
-	(echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed $<) >$@
+FOR_CPU = mkdir -p build && (echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed \
+	-e 's|include "dev/hopper.h"|include "build/hopper_on_cpu.h"|' $<) >$@
+build/loopmdm_on_cpu.cpp: loopmdm.cu dev/cuda_on_cpu/launches.sed build/hopper_on_cpu.h
+	$(FOR_CPU)
+build/hopper_on_cpu.h: dev/hopper.h dev/cuda_on_cpu/launches.sed
+	$(FOR_CPU)
 
 ON_CPU = $(CXX) -x c++ $(CXXFLAGS) -DBACKEND='"build/loopmdm_on_cpu.cpp"'
 EMULATION = build/loopmdm_on_cpu.cpp dev/cuda_on_cpu/cuda_on_cpu.h build/cxx_flags
@@ -95,9 +102,9 @@ build/test_on_cpu_%: test_loopmdm.c $(PROGRAM) $(EMULATION)
 
 ON_GPU = $(NVCC) -x cu $(NVCCFLAGS) -DBACKEND='"loopmdm.cu"'
 build/loopmdm_cuda_%: $(PROGRAM) loopmdm.cu build/nvcc_flags
-	$(ON_GPU) -DBF16=$(BF16_$*) $< -o $@
+	$(ON_GPU) $(PRECISION_$*) $< -o $@
 build/test_cuda_%: test_loopmdm.c $(PROGRAM) loopmdm.cu build/nvcc_flags
-	$(ON_GPU) -DBF16=$(BF16_$*) $< -o $@
+	$(ON_GPU) $(PRECISION_$*) $< -o $@
 
 loopmdm_cuda: build/loopmdm_cuda_$(PRECISION) FORCE
 	cp $< $@
@@ -112,8 +119,7 @@ build/study_cpu.o: dev/cuda/cpu.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) -c $< -o $@
 
 build/study_%.cpp: dev/cuda/%.cu dev/cuda_on_cpu/launches.sed
-	@mkdir -p build
-	(echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed $<) >$@
+	$(FOR_CPU)
 
 STUDY = build/study_cpu.o dev/cuda/study.h $(PROGRAM) loopmdm.cu build/precision
 # -O1: they take a second to run, but with -O3 fourteen to compile.

@@ -25,22 +25,26 @@ on the same model of GPU. (Long sums are split into parts. How many depends on i
 Build with make loopmdm_cuda, or with
     nvcc -O3 -std=c++17 -arch=native -x cu -I. -DBF16=1 -DBACKEND='"loopmdm.cu"' \
         dev/tools.c -o loopmdm_cuda
-BF16=0 is fp32. Without a GPU, make loopmdm_cuda_on_cpu runs the same kernels on the CPU: see
-dev/cuda_on_cpu/cuda_on_cpu.h.
+and on an H100 or H200 with -arch=sm_90a -DHOPPER=1. BF16=0 is fp32. Without a GPU, make
+loopmdm_cuda_on_cpu runs the same kernels on the CPU: see dev/cuda_on_cpu/cuda_on_cpu.h.
 */
+#ifndef BF16
+#define BF16 0
+#endif
+#if !defined(HOPPER) && !defined(__CUDACC__)
+#define HOPPER BF16 // the emulation has both kinds of kernels
+#endif
+
 #ifdef __CUDACC__
-#include <cuda_bf16.h>
+#include "dev/ptx.h"
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: \
-make loopmdm_cuda GPU=sm_90"
+make loopmdm_cuda GPU=sm_90a"
 #endif
 #else
 #include "dev/cuda_on_cpu/cuda_on_cpu.h"
 #endif
 
-#ifndef BF16
-#define BF16 0
-#endif
 #if BF16
 typedef __nv_bfloat16 floatX; // what goes into matrix products
 typedef uint32_t Pair;        // two of them side by side, as tensor cores take them
@@ -85,7 +89,14 @@ static void clear_memory(void *p, size_t bytes) {
 enum { WARP = 32, THREADS = 256 };
 #define ALL 0xffffffffu // lanes of a warp
 
-static int blocks(size_t n, int each) { return (int)((n + each - 1) / each); } // blocks(9, 4) is 3
+// How many, if each takes so many of n: blocks(9, 4) is 3.
+HOST_DEVICE static inline int blocks(size_t n, int each) { return (int)((n + each - 1) / each); }
+
+static const cudaDeviceProp *this_gpu() {
+    static cudaDeviceProp gpu;
+    if (!gpu.major) cuda_check(cudaGetDeviceProperties(&gpu, 0), "the GPU's properties");
+    return &gpu;
+}
 
 // A block may use more than 48 KiB of shared memory only if the program asks for it.
 template <class Kernel>
@@ -99,20 +110,19 @@ __device__ static inline size_t thread_index() {
     return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-// Two neighbours, the first at an even place. What load2 reads must not change during the kernel.
-__device__ static inline float2 load2(const float *from) { return __ldg((const float2 *)from); }
-__device__ static inline void store2(float *to, float x, float y) {
-    *(float2 *)to = make_float2(x, y);
+// N neighbours, loaded or stored at once. The first is at a multiple of N.
+template <class T, int N> struct alignas(N * sizeof(T)) Neighbours { T x[N]; };
+
+template <class T, int N> __device__ static inline void load(float (&x)[N], const T *from) {
+    Neighbours<T, N> all = *(const Neighbours<T, N> *)from;
+    for (int e = 0; e < N; e++) x[e] = (float)all.x[e];
 }
-#if BF16
-__device__ static inline float2 load2(const floatX *from) {
-    __nv_bfloat162 pair = __ldg((const __nv_bfloat162 *)from);
-    return make_float2((float)pair.x, (float)pair.y);
+
+template <class T, int N> __device__ static inline void store(T *to, const float (&x)[N]) {
+    Neighbours<T, N> all;
+    for (int e = 0; e < N; e++) all.x[e] = (T)x[e];
+    *(Neighbours<T, N> *)to = all;
 }
-__device__ static inline void store2(floatX *to, float x, float y) {
-    *(__nv_bfloat162 *)to = __floats2bfloat162_rn(x, y);
-}
-#endif
 
 // The sum over a warp, in all its lanes: each lane adds what the lane 16 away has, then 8, 4, 2, 1.
 template <class T> __device__ static inline T warp_sum(T x) {
@@ -141,54 +151,16 @@ template <class T> __device__ static inline T block_reduce(T x, Reduction how) {
     return all;
 }
 
-// out (n) += the sum of parts (splits,n), in order. Other kernels leave the parts of long sums.
-// Grid: n / THREADS. Block: THREADS, a thread for each number of out.
-__global__ void add_parts_kernel(float *out, const float *parts, size_t n, int splits) {
-    size_t i = thread_index();
-    if (i >= n) return; // the last block may have more threads than there are numbers
-    float sum = parts[i];
-    for (int z = 1; z < splits; z++) sum += parts[z * n + i];
-    out[i] += sum;
-}
-
-static void add_parts(float *out, const float *parts, size_t n, int splits) {
-    add_parts_kernel<<<blocks(n, THREADS), THREADS>>>(out, parts, n, splits);
-    launched("add_parts");
-}
-
-// ---- tensor cores: PTX instructions, each behind one small function ----
+// ---- tensor cores ----
 //
-// The CPU emulation has the same functions in C. A warp multiplies A (16,16) by B (16,8). Its lanes
-// hold pairs of neighbours in registers. Lane 4g + q has
+// dev/ptx.h has the instructions, and the CPU emulation the same functions in C. A warp multiplies
+// A (16,16) by B (16,8). Its lanes hold pairs of neighbours in registers. Lane 4g + q has
 //   a[0] A(g, 2q..2q+1)      a[1] A(g+8, 2q..)      a[2] A(g, 2q+8..)      a[3] A(g+8, 2q+8..)
 //   b[0] B(2q..2q+1, g)      b[1] B(2q+8.., g)
 //   d[0], d[1] D(g, 2q..2q+1)      d[2], d[3] D(g+8, 2q..)
 // So two D side by side are laid out like an A: the softmax of attention can go straight into the
 // next product.
-#if BF16 && defined(__CUDACC__)
-// d += A B in bf16, with float sums
-__device__ static inline void mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Four matrices of 8 rows of 16 bytes from shared memory. Lane n gives the address of row n % 8 of
-// matrix n / 8. It gets 4 bytes of row n / 4 of each matrix; transposed: two bf16 of column n / 4.
-__device__ static inline void ldmatrix_x4(uint32_t r[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
-}
-
-__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
-}
-
-#elif !BF16 && (defined(__CUDACC__) || defined(CUDA_ON_CPU_NO_MMA_FP32))
+#if !BF16 && (defined(__CUDACC__) || defined(CUDA_ON_CPU_NO_MMA_FP32))
 // The same product in fp32. There is no instruction for it, so lanes pass their numbers around.
 __device__ static inline void mma_16x8x16(float d[4], const float a[8], const float b[4]) {
     int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
@@ -205,26 +177,6 @@ __device__ static inline void mma_16x8x16(float d[4], const float a[8], const fl
             d[2] = fmaf(a1, b0, d[2]);
             d[3] = fmaf(a1, b1, d[3]);
         }
-}
-#endif
-
-#ifdef __CUDACC__
-// Starts a copy of 16 bytes to shared memory. Only the first so many bytes are read; the others
-// become zero.
-__device__ static inline void cp_async_16(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-
-// The copies since the last call are one group.
-__device__ static inline void cp_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits for all groups except the N newest.
-template <int N> __device__ static inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 #endif
 
@@ -281,10 +233,20 @@ __device__ static inline void to_a(Pair a[4 * WORDS], const float left[4], const
 enum { PAD = 16 / sizeof(floatX) };
 
 // Starts to load a tile (ROWS,COLS) into shared memory, its rows COLS + PAD apart, from src, whose
-// rows are ld apart. Only (rows,cols) of src exist; what lies beyond becomes zero.
-template <int ROWS, int COLS> __device__ static inline
+// rows are ld apart. Only (rows,cols) of src exist; what lies beyond becomes zero. BLOCK, if given,
+// is the number of threads: then a whole tile takes fewer instructions, but more registers.
+template <int ROWS, int COLS, int BLOCK = 0> __device__ static inline
 void load_tile(floatX *tile, const floatX *src, size_t ld, int rows, int cols) {
     enum { CHUNK = 16 / sizeof(floatX), PER_ROW = COLS / CHUNK }; // cp.async moves 16 bytes
+    enum { AT_ONCE = BLOCK / PER_ROW };                           // rows that the block loads
+    bool whole = rows >= ROWS && cols >= COLS && ((uintptr_t)src | ld * sizeof(floatX)) % 16 == 0;
+    if (BLOCK && whole) {
+        int i = threadIdx.x / PER_ROW, j = threadIdx.x % PER_ROW * CHUNK;
+#pragma unroll
+        for (int n = 0; n < ROWS; n += max(1, AT_ONCE))
+            cp_async_16(tile + (n + i) * (COLS + PAD) + j, src + (n + i) * ld + j, 16);
+        return;
+    }
     for (int c = threadIdx.x; c < ROWS * PER_ROW; c += blockDim.x) {
         int i = c / PER_ROW, j = c % PER_ROW * CHUNK; // chunk c begins at (i,j)
         int n = i < rows ? min(cols - j, CHUNK) : 0;  // so many of its numbers exist
@@ -347,10 +309,10 @@ matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int 
         if (k0 < end) {
             const floatX *a0 = a + (TRANS_A ? (size_t)k0 * lda + i0 : (size_t)i0 * lda + k0);
             const floatX *b0 = b + (TRANS_B ? (size_t)k0 * ldb + j0 : (size_t)j0 * ldb + k0);
-            if (TRANS_A) load_tile<DEPTH, TILE>(at, a0, lda, left, M - i0);
-            else load_tile<TILE, DEPTH>(at, a0, lda, M - i0, left);
-            if (TRANS_B) load_tile<DEPTH, TILE>(bt, b0, ldb, left, N - j0);
-            else load_tile<TILE, DEPTH>(bt, b0, ldb, N - j0, left);
+            if (TRANS_A) load_tile<DEPTH, TILE, THREADS>(at, a0, lda, left, M - i0);
+            else load_tile<TILE, DEPTH, THREADS>(at, a0, lda, M - i0, left);
+            if (TRANS_B) load_tile<DEPTH, TILE, THREADS>(bt, b0, ldb, left, N - j0);
+            else load_tile<TILE, DEPTH, THREADS>(bt, b0, ldb, N - j0, left);
         }
         cp_async_commit(); // an empty group counts too
     };
@@ -389,19 +351,25 @@ matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int 
             for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
                 int row = i0 + i_warp + i * 16 + lane / 4 + half * 8;
                 int column = j0 + j_warp + j * 8 + lane % 4 * 2;
-                const float *pair = &sum[i][j][2 * half];
-                if (row < M && column < N) epilogue(row, column, pair[0], pair[1]);
+                float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
+                if (row < M && column < N) epilogue(blockIdx.z * M + row, column, pair);
             }
 }
 
-// Epilogues. ld is the distance of rows, always even. Where N is odd they write one more column.
-template <class T> struct Store { // out = C + bias (N), or without bias if it is NULL
+// ---- epilogues: what happens to C ----
+//
+// They get N neighbours, from C(i,j) on. ld, the distance of rows, is a multiple of N. Where the
+// number of columns is not, they store up to N - 1 more.
+
+template <class T> struct Store { // out = C + bias (columns), or without bias if it is NULL
     T *out;
     int ld;
     const float *bias;
-    __device__ void operator()(int i, int j, float x, float y) const {
-        float2 b = bias ? load2(bias + j) : make_float2(0, 0);
-        store2(out + (size_t)i * ld + j, x + b.x, y + b.y);
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
+        float b[N] = {};
+        if (bias) load(b, bias + j);
+        for (int e = 0; e < N; e++) x[e] += b[e];
+        store(out + (size_t)i * ld + j, x);
     }
 };
 
@@ -409,12 +377,10 @@ struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
     floatX *out, *inp;
     int ld;
     const float *bias;
-    __device__ void operator()(int i, int j, float x, float y) const {
-        float2 b = load2(bias + j);
-        x += b.x;
-        y += b.y;
-        store2(inp + (size_t)i * ld + j, x, y);
-        store2(out + (size_t)i * ld + j, gelu(x), gelu(y));
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
+        Store<floatX>{inp, ld, bias}(i, j, x);
+        for (int e = 0; e < N; e++) x[e] = gelu(x[e]);
+        store(out + (size_t)i * ld + j, x);
     }
 };
 
@@ -422,9 +388,11 @@ struct StoreGeluBackward { // dinp = C gelu'(inp)
     floatX *dinp;
     const floatX *inp;
     int ld;
-    __device__ void operator()(int i, int j, float x, float y) const {
-        float2 u = load2(inp + (size_t)i * ld + j);
-        store2(dinp + (size_t)i * ld + j, x * gelu_gradient(u.x), y * gelu_gradient(u.y));
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
+        float u[N];
+        load(u, inp + (size_t)i * ld + j);
+        for (int e = 0; e < N; e++) x[e] *= gelu_gradient(u[e]);
+        store(dinp + (size_t)i * ld + j, x);
     }
 };
 
@@ -432,43 +400,57 @@ struct StoreResidual { // out = inp + C + bias
     float *out;
     const float *inp, *bias;
     int ld;
-    __device__ void operator()(int i, int j, float x, float y) const {
-        float2 u = load2(inp + (size_t)i * ld + j), b = load2(bias + j);
-        store2(out + (size_t)i * ld + j, u.x + (x + b.x), u.y + (y + b.y));
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
+        float u[N], b[N];
+        load(u, inp + (size_t)i * ld + j);
+        load(b, bias + j);
+        for (int e = 0; e < N; e++) x[e] = u[e] + (x[e] + b[e]);
+        store(out + (size_t)i * ld + j, x);
     }
 };
 
-struct Accumulate { // out += C; or, where K is split over blockIdx.z, parts (z,M,N) = C
-    float *out, *parts;
-    size_t size;
+struct Accumulate { // out += C
+    float *out;
     int ld;
-    __device__ void operator()(int i, int j, float x, float y) const {
-        size_t at = (size_t)i * ld + j;
-        if (gridDim.z > 1) store2(parts + blockIdx.z * size + at, x, y); // for add_parts()
-        else store2(out + at, out[at] + x, out[at + 1] + y);
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
+        float u[N];
+        load(u, out + (size_t)i * ld + j);
+        for (int e = 0; e < N; e++) x[e] += u[e];
+        store(out + (size_t)i * ld + j, x);
     }
 };
 
+#if HOPPER
+#include "dev/hopper.h" // matmul_kernel on the instructions of H100 and H200
+#endif
+
+// Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
-static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
-                   int M, int N, int K, int splits) {
+static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+                     int M, int N, int K, int depth) {
+#if HOPPER
+    if (hopper_can(a, lda, b, ldb, epilogue.ld)) {
+        bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256;
+        auto multiply = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
+                               : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
+        multiply(epilogue, a, lda, b, ldb, M, N, K, depth);
+        return;
+    }
+#endif
     size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
-    int depth = blocks(blocks(K, splits), DEPTH) * DEPTH; // of a part of K
-    dim3 grid(blocks(M, TILE), blocks(N, TILE), splits);
+    dim3 grid(blocks(M, TILE), blocks(N, TILE), blocks(K, depth));
     auto matmul = matmul_kernel<TRANS_A, TRANS_B, Epilogue>;
     allow_shared(matmul, shared, "matmul");
     matmul<<<grid, THREADS, shared>>>(epilogue, a, lda, b, ldb, M, N, K, depth);
     launched("matmul");
 }
 
-// ---- linear layer ----
-
-// Room for the parts of long sums, and how many blocks keep this GPU busy
+// Room for the parts of long sums, and how many tiles keep this GPU busy
 typedef struct { float *memory; size_t size; int blocks; } Parts;
 
 // Into how many parts to split sums over K, for a result of this size in so many tiles: the last
-// round of blocks should be full too, and no part shorter than 256. Example: 150 tiles on a GPU
-// that runs 100 blocks at a time take 2 rounds; split in 2 they take 3 rounds of half the length.
+// round of tiles should be full too, and no part shorter than 256. Example: 150 tiles on a GPU
+// that makes 100 at a time take 2 rounds; split in 2 they take 3 rounds of half the length.
 static int choose_splits(Parts parts, int tiles, int K, size_t size) {
     int most = (int)fmin(fmin(K / 256, parts.blocks), (double)(parts.size / size)), best = 1;
     double lowest = blocks(tiles, parts.blocks); // the cost in rounds, if nothing is split
@@ -482,10 +464,47 @@ static int choose_splits(Parts parts, int tiles, int K, size_t size) {
     return best;
 }
 
+// epilogue(the sum of parts (splits,M,ld)), in order
+// Grid: M ld / THREADS. Block: THREADS, a thread for each number.
+template <class Epilogue>
+__global__ void sum_parts_kernel(Epilogue epilogue, const float *parts, int M, int N, int ld,
+                                 int splits) {
+    int n = M * ld, at = (int)thread_index(), i = at / ld, j = at % ld;
+    if (at >= n || j >= N) return; // the last block may have more threads than there are numbers
+    float sum[1] = {parts[at]};
+    for (int z = 1; z < splits; z++) sum[0] += parts[(size_t)z * n + at];
+    epilogue(i, j, sum);
+}
+
+template <class Epilogue>
+static void sum_parts(Epilogue epilogue, const float *parts, int M, int N, int ld, int splits) {
+    int grid = blocks((size_t)M * ld, THREADS);
+    sum_parts_kernel<Epilogue><<<grid, THREADS>>>(epilogue, parts, M, N, ld, splits);
+    launched("sum_parts");
+}
+
+// epilogue(A B), with the sums over K in parts if that fills the GPU better
+template <bool TRANS_A, bool TRANS_B, class Epilogue>
+static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+                   int M, int N, int K, Parts parts) {
+    int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, TILE);
+    int depth = blocks(blocks(K, choose_splits(parts, tiles, K, (size_t)M * ld)), 64) * 64;
+    if (depth >= K) {
+        multiply<TRANS_A, TRANS_B>(epilogue, a, lda, b, ldb, M, N, K, depth);
+        return;
+    }
+    Store<float> part = {parts.memory, ld, NULL};
+    multiply<TRANS_A, TRANS_B>(part, a, lda, b, ldb, M, N, K, depth);
+    sum_parts(epilogue, parts.memory, M, N, ld, blocks(K, depth));
+}
+
+// ---- linear layer ----
+
 // out = epilogue(inp (M,C) weight^T), weight (OC,C)
 template <class Epilogue> static void
 matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int C, int OC) {
-    matmul<false, false>(out, inp, C, weight, C, M, OC, C, 1);
+    Parts none = {NULL, 0, 1};
+    matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
 // What column_sums_kernel adds up: the elements of a matrix (M,N) with rows ld apart ...
@@ -534,7 +553,7 @@ static void add_column_sums(float *out, Element element, int M, int N, Parts par
     dim3 grid(blocks(N, WARP), splits);
     column_sums_kernel<Element><<<grid, THREADS>>>(parts.memory, element, M, N);
     launched("column_sums");
-    add_parts(out, parts.memory, N, splits);
+    sum_parts(Accumulate{out, N}, parts.memory, 1, N, N, splits);
 }
 
 // dinp = epilogue(dout weight),  dweight += dout^T inp,  dbias += column sums of dout
@@ -543,15 +562,9 @@ template <class Epilogue>
 static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const floatX *dout,
                             int ldout, const floatX *inp, const floatX *weight,
                             int M, int C, int OC, Parts parts) {
-    matmul<false, true>(dinp, dout, ldout, weight, C, M, C, OC, 1);
-
-    // dweight has few tiles and long sums, over the M rows: they are split.
-    size_t size = (size_t)OC * C;
-    int splits = choose_splits(parts, blocks(OC, TILE) * blocks(C, TILE), M, size);
-    Accumulate accumulate = {dweight, parts.memory, size, C};
-    matmul<true, true>(accumulate, dout, ldout, inp, C, OC, C, M, splits);
-    if (splits > 1) add_parts(dweight, parts.memory, size, splits);
-
+    matmul<false, true>(dinp, dout, ldout, weight, C, M, C, OC, parts);
+    Accumulate to_dweight = {dweight, C}; // few tiles and long sums, over the M rows
+    matmul<true, true>(to_dweight, dout, ldout, inp, C, OC, C, M, parts);
     Elements elements = {dout, ldout};
     if (dbias) add_column_sums(dbias, elements, M, OC, parts);
 }
@@ -821,8 +834,8 @@ void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, i
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = lane / 4 + half * 8, column = d * 8 + lane % 4 * 2;
-            const float *pair = &result[d][2 * half];
-            if (row < rows && column < columns) store2(to + row * ld + column, pair[0], pair[1]);
+            float pair[2] = {result[d][2 * half], result[d][2 * half + 1]};
+            if (row < rows && column < columns) store(to + row * ld + column, pair);
         }
 }
 
@@ -1461,18 +1474,17 @@ no_memory(Model *m, int B, int T, int S, int training, int recompute, size_t ava
 
 static void model_reserve(Model *m, int B, int T, int S, int training, int recompute) {
     int devices = 0, D = m->config.channels / m->config.heads;
-    cudaDeviceProp gpu;
     cudaError_t error = cudaGetDeviceCount(&devices);
     if (error != cudaSuccess || devices == 0)
         die(FAILED, "no GPU: %s; use loopmdm, which runs on the CPU",
             error == cudaSuccess ? "none was found" : cudaGetErrorString(error));
-    cuda_check(cudaGetDeviceProperties(&gpu, 0), "the GPU's properties");
-    if (gpu.major < 8)
+    const cudaDeviceProp *gpu = this_gpu();
+    if (gpu->major < 8)
         die(FAILED, "the GPU, %s, has compute capability %d.%d; 8.0 (Ampere) is needed",
-            gpu.name, gpu.major, gpu.minor);
+            gpu->name, gpu->major, gpu->minor);
     if (D > 128) die(FAILED, "heads of %d channels: on the GPU they have 128 at most", D);
 
-    m->parts.blocks = 2 * gpu.multiProcessorCount; // 2 fit on each (dev/cuda/README.md)
+    m->parts.blocks = 2 * gpu->multiProcessorCount; // 2 fit on each (dev/cuda/README.md)
     model_plan(m, B, T, S, training, recompute);
     size_t available, all, MiB = 1 << 20;
     cuda_check(cudaMemGetInfo(&available, &all), "the GPU's memory");

@@ -24,18 +24,24 @@ orders below every time, not in one run of a thousand. Environment variables cho
                               which thread, warp and block goes first. random: another order
                               after each barrier
     CUDA_ON_CPU_SEED=N        another random order. It does not depend on the number of cores
-    CUDA_ON_CPU_SKIP=LINE     the __syncthreads in that line do nothing: do the tests notice?
-    CUDA_ON_CPU_LIST=FILE     appends line and kernel of each __syncthreads that ran, to try SKIP on
+    CUDA_ON_CPU_SKIP=FILE:LINE  the barriers and waits in that line do nothing: do the tests
+                              notice? Without FILE: it, in any file
+    CUDA_ON_CPU_LIST=FILE     appends file, line and kernel of each barrier and wait that ran, to
+                              try SKIP on: __syncthreads, cp_async_wait, mbarrier_wait, wgmma_wait
     CUDA_ON_CPU_PROTECT=1     the program crashes where host code touches device memory
     CUDA_ON_CPU_MEMORY=BYTES, CUDA_ON_CPU_CAPABILITY=70, CUDA_ON_CPU_DEVICES=0 (no GPU) or -1 (old
                               driver): what do the program's error messages say?
 
 It is stricter than a GPU. Device and shared memory hold 0xFF bytes (NaN) until the program writes
-them. The target of cp_async_16 does so from its call to its wait. One line with kernel, block,
-thread and line ends the program when
+them. The targets of cp_async_16 and tma_load do so from the call to the wait, and the sums of wgmma
+too. What they read they read as late as a GPU may. One line with kernel, block, thread and line
+ends the program when
   - lanes of a warp wait for different things,
   - threads of a block wait at different __syncthreads,
-  - an address of ldmatrix or cp_async_16 is not aligned (for float4: -fsanitize=undefined),
+  - an address of ldmatrix, cp_async_16 or tma_load is not aligned (for float4:
+    -fsanitize=undefined),
+  - all wait at mbarriers and nothing is on its way to them, or a block ends before what is on its
+    way has arrived,
   - the arguments of a launch or a copy are not device memory.
 
 Limits:
@@ -44,6 +50,8 @@ Limits:
   - Arithmetic on __nv_bfloat16 is float. A GPU rounds each result.
   - Static shared memory does not count for the limit of a block.
   - A thread must not spin until another thread writes.
+  - There are no clusters. wgmma_fence, mbarrier_init_done and the number of registers have no
+    effect: a missing one does not show.
   - Pointers inside structures are not checked. Host code may use a variable with __device__ or
     __constant__ by its name, and a kernel may write one with __constant__: only nvcc warns.
   - Launches and copies are done when they return. A missing cudaDeviceSynchronize, or a missing
@@ -65,6 +73,7 @@ Limits:
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -115,6 +124,7 @@ using namespace cuda_on_cpu::cuda;
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 // For declarations that launches.sed does not change. A block runs on one OS thread.
 #define __shared__ static thread_local
@@ -274,7 +284,7 @@ inline const struct Settings {
     std::string order = getenv("CUDA_ON_CPU_ORDER") ? getenv("CUDA_ON_CPU_ORDER") : "ascending";
     bool random = order == "random", descending = order == "descending";
     uint64_t seed = number("CUDA_ON_CPU_SEED", 0);
-    int skip = number("CUDA_ON_CPU_SKIP", 0);
+    std::string skip = getenv("CUDA_ON_CPU_SKIP") ? getenv("CUDA_ON_CPU_SKIP") : "";
     const char *list = getenv("CUDA_ON_CPU_LIST");
     bool protect = number("CUDA_ON_CPU_PROTECT", 0);
     size_t memory = number("CUDA_ON_CPU_MEMORY", 8L << 30);
@@ -347,11 +357,27 @@ struct Fiber {
 // 3. The threads of a block, barriers, warp collectives
 
 enum { WARP = 32, MAX_WARPS = 32, MAX_THREADS = 1024, MAX_COPIES = 64 };
+enum { MAX_SUMS = 128, MAX_PRODUCTS = 64 }; // of wgmma: a lane's floats, products on their way
 
 struct Thread {
     Fiber *fiber; // NULL until the thread starts
     uint3 index;
     unsigned copies_begun, copies_done, groups; // of cp_async_16
+};
+
+// What an mbarrier holds. Its phase ends when neither threads nor bytes are missing.
+struct Mbarrier {
+    uint32_t phase : 1, threads : 15, missing : 16;
+    int32_t missing_bytes;
+};
+
+// A product of wgmma on its way: the lanes' sums, the descriptors of A and B
+struct Product {
+    float *sums[WARP];
+    int columns;
+    uint64_t a, b;
+    bool trans_a, trans_b, add;
+    unsigned group;
 };
 
 // A round of a warp: each lane in turn runs until it waits or exits. After that all lanes that wait
@@ -364,12 +390,17 @@ struct Warp {
     const char *what;       // what the lanes wait for that had their turn, and in which line
     int line;
     bool block;             // they wait for a barrier of the block
+    const uint64_t *mbarrier; // or until the phase of this parity of an mbarrier has ended
+    int parity;
     void (*action)(Warp &); // what happens when all lanes have arrived
     void *arguments[WARP][3]; // and what each lane gave it
     uint32_t took_part;     // lanes at the last collective
     uint32_t votes, ballot; // votes for the next collective, votes of the last one
     uint64_t slots[2][WARP]; // for shuffles: lanes may write for the next one while others still
     uint64_t *next_slots;    // read those of the last one
+    Product products[MAX_PRODUCTS]; // of wgmma, in order; all have the same sums
+    unsigned num_products, groups;
+    float sums[WARP][MAX_SUMS]; // what the sums are while they are spoilt
 };
 
 struct Copy {
@@ -378,6 +409,24 @@ struct Copy {
     int bytes;
     unsigned group;
 };
+
+namespace cuda {
+struct CUtensorMap { // of a matrix of bf16
+    const char *data;
+    int64_t rows, columns, ld; // ld in bytes
+    int box_rows;              // of boxes (box_rows,64)
+};
+} // namespace cuda
+
+// A box that TMA has been asked for
+struct Load {
+    char *to;
+    CUtensorMap map;
+    int column, row;
+    uint64_t *mbarrier;
+};
+inline thread_local std::vector<Load> loads; // of the block that runs
+void finish_load(size_t which);
 
 // What an OS thread needs to run blocks
 struct Core {
@@ -389,6 +438,8 @@ struct Core {
     Warp warps[MAX_WARPS], *warp;
     uint8_t ready[MAX_WARPS]; // the warps that do not wait for the block's barrier
     int num_warps, num_ready, chosen;
+    uint8_t parked[MAX_WARPS]; // the warps that wait at an mbarrier
+    int num_parked;
     const char *barrier; // the barrier that threads wait at, its line, the first thread that came
     int line, first;
     int votes, count; // of __syncthreads_count and the like: so far, and at the last barrier
@@ -434,6 +485,7 @@ inline void begin_round(Warp &w) {
     w.turn = -1;
     w.what = nullptr;
     w.block = false;
+    w.mbarrier = nullptr;
     if (settings.random) permute(w.order, w.lanes, &core->random);
 }
 
@@ -447,39 +499,43 @@ inline void end_collective(Warp &w) {
     w.action(w);
 }
 
-// The barriers that ran, for CUDA_ON_CPU_LIST. The destructor writes them when the program ends.
+// The barriers and waits that ran, for CUDA_ON_CPU_LIST. The destructor writes them when the program
+// ends.
 inline struct List {
     std::mutex mutex;
-    std::set<std::pair<int, std::string>> barriers;
+    std::set<std::string> lines; // FILE:LINE kernel
     std::atomic<bool> skipped{false};
 
     ~List() {
-        if (settings.skip && !skipped)
-            fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_SKIP=%d: no __syncthreads in that line was "
-                            "reached\n", settings.skip);
+        if (!settings.skip.empty() && !skipped)
+            fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_SKIP=%s: no barrier or wait in that line was "
+                            "reached\n", settings.skip.c_str());
         if (!settings.list) return;
         FILE *f = fopen(settings.list, "a");
         if (!f) {
             fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_LIST: cannot write %s\n", settings.list);
             return;
         }
-        for (auto &b : barriers) fprintf(f, "%d %s\n", b.first, b.second.c_str());
+        for (auto &line : lines) fprintf(f, "%s\n", line.c_str());
         fclose(f);
     }
 } list;
 
-inline bool skips(int line) {
-    if (line == settings.skip) list.skipped = true;
-    return line == settings.skip;
+inline bool skips(const char *file, int line) {
+    if (settings.skip.empty() && !settings.list) return false;
+    std::string number = std::to_string(line), place = file + (":" + number);
+    if (settings.list) {
+        std::lock_guard<std::mutex> lock(list.mutex);
+        list.lines.insert(place + " " + running.name);
+    }
+    bool skip = settings.skip == number || settings.skip == place;
+    if (skip) list.skipped = true;
+    return skip;
 }
 
 // All threads that have not exited wait at the barrier, or for the block to begin. Makes their
 // warps ready. Returns whether there are any.
 inline bool end_barrier() {
-    if (core->barrier && settings.list) {
-        std::lock_guard<std::mutex> lock(list.mutex);
-        list.barriers.insert({core->line, running.name});
-    }
     core->barrier = nullptr;
     core->count = core->votes;
     core->votes = 0;
@@ -499,16 +555,39 @@ inline void choose_warp() {
     core->warp = &core->warps[core->ready[core->chosen]];
 }
 
+inline bool phase_ended(const Warp &w) {
+    return (int)((const Mbarrier *)w.mbarrier)->phase != w.parity;
+}
+
+// Warps whose phase of an mbarrier has ended become ready. If no warp is ready, what TMA was asked
+// for arrives until one is: as late as a GPU may do it. In random order some of it comes earlier.
+inline void unpark() {
+    bool load = settings.random && !loads.empty() && !random_below(4, &core->random);
+    for (;; load = true) {
+        if (load && loads.empty())
+            die(core->warps[core->parked[0]].line,
+                "a deadlock: all wait, and nothing is on its way to this mbarrier");
+        if (load) finish_load(settings.random ? random_below(loads.size(), &core->random) : 0);
+        for (int i = core->num_parked - 1; i >= 0; i--) {
+            if (!phase_ended(core->warps[core->parked[i]])) continue;
+            core->ready[core->num_ready++] = core->parked[i];
+            core->num_parked--;
+            memmove(core->parked + i, core->parked + i + 1, core->num_parked - i);
+        }
+        if (core->num_ready || !core->num_parked) return;
+    }
+}
+
 // The thread to run next, or NULL at the end of the block. A warp goes on from collective to
-// collective until all its lanes wait for the block's barrier or have exited. Then another warp has
-// its turn. In random order another warp may come at any collective.
+// collective until all its lanes wait at a barrier or have exited. Then another warp has its turn.
+// In random order another warp may come at any collective.
 inline Thread *next_thread() {
     for (;;) {
         Warp &w = *core->warp;
         while (++w.turn < w.lanes)
             if (w.live >> w.order[w.turn] & 1) return &w.threads[w.order[w.turn]];
 
-        if (w.live && !w.block) {
+        if (w.live && !w.block && (!w.mbarrier || phase_ended(w))) {
             end_collective(w);
             begin_round(w);
             if (!settings.random) continue;
@@ -517,8 +596,10 @@ inline Thread *next_thread() {
             uint8_t *place = core->ready + core->chosen;
             core->num_ready--;
             memmove(place, place + 1, core->num_ready - core->chosen);
-            if (!core->num_ready && !end_barrier()) return nullptr;
+            if (w.live && w.mbarrier) core->parked[core->num_parked++] = &w - core->warps;
         }
+        unpark();
+        if (!core->num_ready && !end_barrier()) return nullptr;
         choose_warp();
     }
 }
@@ -612,8 +693,8 @@ T shuffle(const char *what, unsigned mask, T x, int source, int width, int line)
 }
 
 // Returns how many threads said yes.
-inline int barrier(const char *what, bool yes, int line) {
-    if (skips(line)) return yes;
+inline int barrier(const char *what, bool yes, int line, const char *file) {
+    if (skips(file, line)) return yes;
     if (!core->barrier) {
         core->barrier = what;
         core->line = line;
@@ -656,6 +737,7 @@ inline void run_block(uint64_t block) {
         w.live = ~0u >> (WARP - w.lanes);
         w.votes = 0;
         w.next_slots = w.slots[0];
+        w.num_products = w.groups = 0;
         permute(w.order, w.lanes, &core->random);
     }
     memset(core->shared, 0xFF, running.shared);
@@ -663,6 +745,11 @@ inline void run_block(uint64_t block) {
     choose_warp();
     core->fiber = &core->host;
     run_next(); // returns at the end of the block
+
+    if (!loads.empty()) die(0, "kernel %s: a block ended before its tma_load", running.name);
+    for (int i = 0; i < core->num_warps; i++)
+        if (core->warps[i].num_products)
+            die(0, "kernel %s: a warp ended before its wgmma", running.name);
 }
 
 inline void run_grid() {
@@ -678,7 +765,8 @@ inline void run_grid() {
             unsigned x = i % blockDim.x, y = i / blockDim.x % blockDim.y;
             core->threads[i].index = {x, y, i / blockDim.x / blockDim.y};
         }
-        core->shared = malloc(running.shared); // exactly this size, for AddressSanitizer
+        // Exactly this size, for AddressSanitizer; and aligned, for TMA
+        if (posix_memalign(&core->shared, 1024, running.shared)) die(0, "no shared memory");
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
 #endif
@@ -690,11 +778,17 @@ inline void run_grid() {
 namespace cuda {
 // As a default argument, __builtin_LINE() is the line of the call.
 #define LINE int line = __builtin_LINE()
-inline void __syncthreads(LINE) { barrier("__syncthreads", false, line); }
-inline int __syncthreads_count(int p, LINE) { return barrier("__syncthreads_count", p, line); }
-inline int __syncthreads_or(int p, LINE) { return barrier("__syncthreads_or", p, line) > 0; }
-inline int __syncthreads_and(int p, LINE) {
-    return skips(line) ? p != 0 : barrier("__syncthreads_and", !p, line) == 0;
+#define PLACE LINE, const char *file = __builtin_FILE()
+inline void __syncthreads(PLACE) { barrier("__syncthreads", false, line, file); }
+inline int __syncthreads_count(int p, PLACE) {
+    return barrier("__syncthreads_count", p, line, file);
+}
+inline int __syncthreads_or(int p, PLACE) {
+    return barrier("__syncthreads_or", p, line, file) > 0;
+}
+inline int __syncthreads_and(int p, PLACE) {
+    if (skips(file, line)) return p != 0;
+    return barrier("__syncthreads_and", !p, line, file) == 0;
 }
 inline void __syncwarp(unsigned mask = ~0u, LINE) { collective("__syncwarp", mask, line); }
 inline unsigned __ballot_sync(unsigned mask, int p, LINE) {
@@ -838,8 +932,9 @@ inline void cp_async_16(void *shared, const void *global, int bytes, LINE) {
     c = {shared, global, bytes, t.groups};
 }
 inline void cp_async_commit() { core->thread->groups++; }
-template <int N> void cp_async_wait() { // until all groups except the N newest are done
+template <int N> void cp_async_wait(PLACE) { // until all groups except the N newest are done
     Thread &t = *core->thread;
+    if (skips(file, line)) return;
     for (; t.copies_done < t.copies_begun; t.copies_done++) {
         Copy &c = core->copies[thread_number()][t.copies_done % MAX_COPIES];
         if (c.group + N >= t.groups) break;
@@ -848,6 +943,164 @@ template <int N> void cp_async_wait() { // until all groups except the N newest 
     }
 }
 } // namespace cuda
+
+// ---- Hopper (compute capability 9.0): mbarriers, TMA, wgmma ----
+
+inline void end_phase_if_complete(Mbarrier *m) {
+    if (m->missing || m->missing_bytes) return;
+    m->phase ^= 1;
+    m->missing = m->threads;
+}
+
+// Where TMA and wgmma find byte n of shared memory, counted from its begin: the chunks of 16 bytes
+// of a row of 128 are exchanged, in another way in each of 8 rows.
+inline char *exchanged(uint32_t n) { return (char *)core->shared + (n ^ (n >> 7 & 7) << 4); }
+
+inline void finish_load(size_t which) {
+    Load l = loads[which];
+    loads.erase(loads.begin() + which);
+    uint32_t to = l.to - (char *)core->shared;
+    for (int i = 0; i < l.map.box_rows; i++)
+        for (int j = 0; j < 64; j++) { // zero where the matrix has nothing
+            int64_t row = l.row + i, column = l.column + j;
+            uint16_t x = 0;
+            if (row >= 0 && row < l.map.rows && column >= 0 && column < l.map.columns)
+                memcpy(&x, l.map.data + row * l.map.ld + 2 * column, sizeof x);
+            memcpy(exchanged(to + i * 128 + j * 2), &x, sizeof x);
+        }
+    Mbarrier *m = (Mbarrier *)l.mbarrier;
+    m->missing_bytes -= l.map.box_rows * 128;
+    end_phase_if_complete(m);
+}
+
+// Element (i,k) of an A (64,16), or (k,i) of a B, in the tile of this descriptor
+inline float element(uint64_t descriptor, bool trans, int i, int k) {
+    uint32_t begin = (descriptor & 0x3FFF) * 16;
+    uint32_t columns = (descriptor >> 16 & 0x3FFF) * 16, rows = (descriptor >> 32 & 0x3FFF) * 16;
+    uint32_t row = trans ? k : i, column = trans ? i % 64 : k;
+    if (trans) begin += i / 64 * columns;
+    __nv_bfloat16 x;
+    memcpy(&x, exchanged(begin + row / 8 * rows + row % 8 * 128 + column * 2), sizeof x);
+    return x;
+}
+
+// Lane 4g + q of warp w has the sums of rows 16w + g and that + 8, of columns 8j + 2q and the next.
+inline void finish_product(Warp &w, const Product &p) {
+    static thread_local float a[16][16], b[16][2 * MAX_SUMS];
+    int first_row = (&w - core->warps) % 4 * 16;
+    for (int k = 0; k < 16; k++) {
+        for (int i = 0; i < 16; i++) a[i][k] = element(p.a, p.trans_a, first_row + i, k);
+        for (int j = 0; j < p.columns; j++) b[k][j] = element(p.b, p.trans_b, j, k);
+    }
+    for (int i = 0; i < 16; i++) {
+        float row[2 * MAX_SUMS] = {};
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < p.columns; j++) row[j] += a[i][k] * b[k][j];
+        for (int j = 0; j < p.columns; j++) {
+            float *sum = &w.sums[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
+            *sum = row[j] + (p.add ? *sum : 0);
+        }
+    }
+}
+
+// Copies the sums of all lanes from the program, and spoils them there; or copies them back.
+inline void spoil_sums(Warp &w, const Product &p) {
+    size_t bytes = p.columns / 2 * sizeof(float);
+    for (int lane = 0; lane < WARP; lane++) {
+        memcpy(w.sums[lane], p.sums[lane], bytes);
+        memset(p.sums[lane], 0xFF, bytes);
+    }
+}
+inline void restore_sums(Warp &w, const Product &p) {
+    for (int lane = 0; lane < WARP; lane++)
+        memcpy(p.sums[lane], w.sums[lane], p.columns / 2 * sizeof(float));
+}
+
+template <int COLUMNS, bool TRANS_A, bool TRANS_B, bool ADD> void begin_product(Warp &w) {
+    if (w.num_products == MAX_PRODUCTS)
+        die(w.line, "more than %d wgmma without a wait", MAX_PRODUCTS);
+    Product &p = w.products[w.num_products];
+    void **first = w.arguments[0];
+    p = {{}, COLUMNS, (uint64_t)first[1], (uint64_t)first[2], TRANS_A, TRANS_B, ADD, w.groups};
+    for (int lane = 0; lane < WARP; lane++) {
+        p.sums[lane] = (float *)w.arguments[lane][0];
+        if (w.arguments[lane][1] != first[1] || w.arguments[lane][2] != first[2])
+            die(w.line, "wgmma: lanes have different descriptors");
+    }
+    if (w.num_products && p.sums[0] != w.products[0].sums[0])
+        die(w.line, "wgmma with two different sums on their way: not supported");
+    if (!w.num_products++) spoil_sums(w, p);
+}
+
+// Does what must be done when all groups except the `newest` must be.
+inline void finish_products(Warp &w, unsigned newest) {
+    if (!w.num_products) return;
+    unsigned done = 0;
+    Product last = w.products[w.num_products - 1];
+    while (done < w.num_products && w.products[done].group + newest < w.groups)
+        finish_product(w, w.products[done++]);
+    w.num_products -= done;
+    memmove(w.products, w.products + done, w.num_products * sizeof(Product));
+    if (!w.num_products) restore_sums(w, last);
+}
+
+namespace cuda {
+inline uint32_t shared_address(const void *p) {
+    return (const char *)p - (const char *)core->shared;
+}
+
+inline void mbarrier_init(uint64_t *barrier, int count) {
+    *(Mbarrier *)barrier = {0, (uint32_t)count, (uint32_t)count, 0};
+}
+inline void mbarrier_init_done() {}
+inline void mbarrier_arrive(uint64_t *barrier, LINE) {
+    Mbarrier *m = (Mbarrier *)barrier;
+    if (!m->missing) die(line, "more threads arrive at an mbarrier than it expects");
+    m->missing--;
+    end_phase_if_complete(m);
+}
+inline void mbarrier_expect(uint64_t *barrier, int bytes, LINE) {
+    ((Mbarrier *)barrier)->missing_bytes += bytes;
+    mbarrier_arrive(barrier, line);
+}
+inline void mbarrier_wait(uint64_t *barrier, int parity, PLACE) {
+    if (skips(file, line)) return;
+    Warp &w = *core->warp;
+    if (w.what && w.mbarrier && (w.mbarrier != barrier || w.parity != parity))
+        die(line, "lanes of a warp wait for different mbarriers or phases");
+    w.mbarrier = barrier;
+    w.parity = parity;
+    wait("mbarrier_wait", line, false, nullptr);
+}
+
+// Spoils the target at once: nobody may still read what was there.
+inline void tma_load(void *to, const CUtensorMap *map, int column, int row, uint64_t *barrier,
+                     LINE) {
+    if (shared_address(to) % 1024) die(line, "tma_load: the target is no multiple of 1024");
+    memset(to, 0xFF, map->box_rows * 128);
+    loads.push_back({(char *)to, *map, column, row, barrier});
+}
+
+template <int N> void more_registers() {}
+template <int N> void fewer_registers() {}
+template <int N> void keep(float (&)[N][4]) {}
+inline void wgmma_fence() {}
+inline void wgmma_commit(LINE) {
+    with(nullptr, nullptr, nullptr, "wgmma_commit", line, [](Warp &w) { w.groups++; });
+}
+template <int N> void wgmma_wait(PLACE) { // until all groups except the N newest are done
+    if (skips(file, line)) return;
+    auto finish = [](Warp &w) { finish_products(w, N); };
+    with(nullptr, nullptr, nullptr, "wgmma_wait", line, finish);
+}
+template <bool TRANS_A, bool TRANS_B, int N>
+void wgmma(float (&d)[N][4], uint64_t a, uint64_t b, int add, LINE) {
+    with(d, (void *)a, (void *)b, "wgmma", line,
+         add ? begin_product<8 * N, TRANS_A, TRANS_B, true>
+             : begin_product<8 * N, TRANS_A, TRANS_B, false>);
+}
+} // namespace cuda
+#undef PLACE
 #undef LINE
 
 // =================================================================================================
@@ -1116,6 +1369,38 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(T...), cudaFuncAttribute, int by
     if (check_device()) return last_error;
     if (bytes < 0 || bytes > shared_max()) return result(cudaErrorInvalidValue);
     shared_limits[(const void *)kernel] = bytes;
+    return cudaSuccess;
+}
+
+// The driver's function for tensor maps: matrices of bf16 with boxes 64 wide, as TMA loads here
+typedef uint64_t cuuint64_t;
+typedef uint32_t cuuint32_t;
+enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
+enum {
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+    CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
+};
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, int rank, void *data,
+                                       const cuuint64_t *sizes, const cuuint64_t *strides,
+                                       const cuuint32_t *box, const cuuint32_t *steps,
+                                       int interleave, int swizzle, int, int) {
+    bool known = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 2 && !interleave &&
+                 swizzle == CU_TENSOR_MAP_SWIZZLE_128B && steps[0] == 1 && steps[1] == 1;
+    if (!known || (uintptr_t)data % 16 || strides[0] % 16 || box[0] != 64 || box[1] > 256)
+        return CUDA_ERROR_INVALID_VALUE;
+    *map = {(const char *)data, (int64_t)sizes[1], (int64_t)sizes[0], (int64_t)strides[0],
+            (int)box[1]};
+    return CUDA_SUCCESS;
+}
+typedef decltype(&cuTensorMapEncodeTiled) PFN_cuTensorMapEncodeTiled_v12000;
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault = 0 };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned,
+                                                    int, cudaDriverEntryPointQueryResult *found) {
+    if (strcmp(name, "cuTensorMapEncodeTiled")) return result(cudaErrorInvalidValue);
+    *function = (void *)cuTensorMapEncodeTiled;
+    *found = cudaDriverEntryPointSuccess;
     return cudaSuccess;
 }
 

@@ -461,6 +461,104 @@ static void variables() {
 }
 
 // -------------------------------------------------------------------------------------------------
+// Hopper: out (64,96) = A (64,64) B (64,96), twice, through TMA, an mbarrier and wgmma
+
+enum { DEEP = 64, WIDE = 96, BOX = DEEP * 64 }; // a transposed B is two boxes 64 wide
+
+// The tiles as wgmma takes them: rows of 128 bytes, groups of 8 rows, boxes one after the other
+static uint64_t tile_descriptor(const __nv_bfloat16 *tile) {
+    return 1ull << 62 | 64ull << 32 | (uint64_t)(BOX * 2 / 16) << 16 | shared_address(tile) / 16;
+}
+
+template <bool TRANS_A, bool TRANS_B>
+__global__ void hopper(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+                       float *out) {
+    extern __shared__ __align__(1024) __nv_bfloat16 tiles[];
+    __shared__ uint64_t full;
+    __nv_bfloat16 *at = tiles, *bt = tiles + BOX;
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    float d[WIDE / 8][4];
+    if (threadIdx.x == 0) {
+        mbarrier_init(&full, 1);
+        mbarrier_init_done();
+        mbarrier_expect(&full, (BOX + (TRANS_B ? 2 * BOX : DEEP * WIDE)) * 2);
+        tma_load(at, &a, 0, 0, &full);
+        tma_load(bt, &b, 0, 0, &full);
+        if (TRANS_B) tma_load(bt + BOX, &b, 64, 0, &full);
+    }
+    __syncthreads();
+    mbarrier_wait(&full, 0);
+    for (int round = 0; round < 2; round++) { // the second adds the same again
+        wgmma_fence();
+        for (int k = 0; k < DEEP; k += 16) {
+            uint64_t a_at = tile_descriptor(at + (TRANS_A ? k * 64 : k));
+            uint64_t b_at = tile_descriptor(bt + (TRANS_B ? k * 64 : k));
+            wgmma<TRANS_A, TRANS_B>(d, a_at, b_at, round + k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    keep(d);
+    for (int j = 0; j < WIDE / 8; j++)
+        for (int e = 0; e < 4; e++)
+            out[(warp * 16 + g + e / 2 * 8) * WIDE + j * 8 + 2 * q + e % 2] = d[j][e];
+}
+
+static CUtensorMap map_of(const __nv_bfloat16 *p, int rows, int columns, int box_rows) {
+    PFN_cuTensorMapEncodeTiled_v12000 encode;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
+                                     cudaEnableDefault, &found);
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[] = {columns * 2ull};
+    cuuint32_t box[] = {64, (cuuint32_t)box_rows}, steps[] = {1, 1};
+    CUresult e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, strides, box,
+                        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e != CUDA_SUCCESS) map.data = nullptr;
+    return map;
+}
+
+template <bool TRANS_A, bool TRANS_B> bool hopper_is_right() {
+    const size_t shared = 3 * BOX * sizeof(__nv_bfloat16);
+    const int a_rows = TRANS_A ? DEEP : 60; // 60: TMA makes zeros of the rows that do not exist
+    std::vector<__nv_bfloat16> A(a_rows * 64), B(DEEP * WIDE);
+    for (auto &x : A) x = random_float();
+    for (auto &x : B) x = random_float();
+    Device<__nv_bfloat16> a(A.size(), A.data()), b(B.size(), B.data());
+    Device<float> out(64 * WIDE);
+    CUtensorMap a_map = map_of(a.p, a_rows, 64, 64);
+    CUtensorMap b_map = TRANS_B ? map_of(b.p, DEEP, WIDE, 64) : map_of(b.p, WIDE, DEEP, WIDE);
+    cudaFuncSetAttribute(hopper<TRANS_A, TRANS_B>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         shared);
+    hopper<TRANS_A, TRANS_B><<<1, 128, shared>>>(a_map, b_map, out.p);
+    auto got = out.read();
+    double worst = 0;
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < WIDE; j++) {
+            double sum = 0;
+            for (int k = 0; k < DEEP && (TRANS_A || i < a_rows); k++) {
+                double x = (float)A[TRANS_A ? k * 64 + i : i * DEEP + k];
+                sum += 2 * x * (float)B[TRANS_B ? k * WIDE + j : j * DEEP + k];
+            }
+            worst = fmax(worst, fabs(got[i * WIDE + j] - sum));
+            if (got[i * WIDE + j] != got[i * WIDE + j]) worst = INFINITY;
+        }
+    return worst < 1e-3;
+}
+
+static void hoppers() {
+    check(hopper_is_right<false, false>(), "TMA, mbarrier and wgmma");
+    check(hopper_is_right<true, false>(), "the same, with A transposed");
+    check(hopper_is_right<false, true>(), "the same, with B transposed");
+    check(hopper_is_right<true, true>(), "the same, with both transposed");
+    Device<__nv_bfloat16> p(64 * 65);
+    check(!map_of(p.p + 1, 64, 64, 64).data && !map_of(p.p, 64, 65, 64).data,
+          "tensor maps of addresses or rows that are no multiple of 16 bytes are refused");
+}
+
+// -------------------------------------------------------------------------------------------------
 // Runtime
 
 __global__ void touch(char *p) {
@@ -637,6 +735,19 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 9) out[t] = dynamic[t + 1];
     if (which == 10) out[t] = tile[t + 1];
     if (which == 11) for (int i = 0; i < 65; i++) cp_async_16(tile, p, 16);
+
+    __shared__ uint64_t barrier;
+    float sums[12][4];
+    CUtensorMap map = {(char *)p, 1, 64, 128, 1};
+    if (which < 12) return;
+    if (t == 0) mbarrier_init(&barrier, 1);
+    if (which == 12) mbarrier_wait(&barrier, t % 2);
+    if (which == 13) mbarrier_wait(&barrier, 0);
+    if (which == 14 && t == 0) tma_load(dynamic + 4, &map, 0, 0, &barrier);
+    if (which == 15 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
+    if (which == 16 && t == 0) { mbarrier_expect(&barrier, 16); mbarrier_arrive(&barrier); }
+    if (which == 17) wgmma<false, false>(sums, t, 0, 0);
+    if (which == 18) wgmma<false, false>(sums, 0, 0, 0);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -669,6 +780,7 @@ static void check_all() {
     vectors();
     atomics();
     variables();
+    hoppers();
     launches();
     syntax();
     managed();

@@ -74,7 +74,7 @@ for CUDA_ON_CPU_ORDER in ascending descending random; do
         ok $? "$program has two barriers: $(cat $dir/list)"
         while read -r skip kernel; do
             ! CUDA_ON_CPU_SKIP=$skip $program >/dev/null
-            ok $? "$program without the barrier in line $skip of $kernel, order $CUDA_ON_CPU_ORDER"
+            ok $? "$program without the barrier in $skip, in $kernel, order $CUDA_ON_CPU_ORDER"
         done <$dir/list
     done
 done
@@ -116,6 +116,13 @@ says 1 "$(where '[0-9]+' 'which == 5') mma_16x8x16 .* needs all 32 lanes" $dir/t
 says 1 "$(where 0 'which == 6') __shfl_xor_sync with width 16" $dir/test 6
 says 1 "$(where '[0-9]+' 'which == 7') __syncwarp with mask 0000ffff leaves out lanes" $dir/test 7
 says 1 "$(where 0 'which == 11') more than 64 cp_async_16" $dir/test 11
+says 1 "$(where 1 'which == 12') lanes of a warp wait for different mbarriers" $dir/test 12
+says 1 "$(where '[0-9]+' 'which == 13') a deadlock: all wait, and nothing is on its way" $dir/test 13
+says 1 "$(where 0 'which == 14') tma_load: the target is no multiple of 1024" $dir/test 14
+says 1 "kernel mistake: a block ended before its tma_load" $dir/test 15
+says 1 "$(where 0 'which == 16') more threads arrive at an mbarrier than it expects" $dir/test 16
+says 1 "$(where '[0-9]+' 'which == 17') wgmma: lanes have different descriptors" $dir/test 17
+says 1 "kernel mistake: a warp ended before its wgmma" $dir/test 18
 says 1 "kernel mistake: argument 3, 0x.*, is not device memory" $dir/test 20
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 21
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 22

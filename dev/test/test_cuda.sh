@@ -77,39 +77,54 @@ beside_the_cpu_program() {
     counted
 }
 
-# Threads that run in any order give the same bits. Without any one of the barriers they do not.
+# Threads that run in any order give the same bits. Without any one of the barriers and waits they
+# do not.
 barriers() {
-    local ok=0 bad=0 list=$work/barriers precision order line run changed
+    local ok=0 bad=0 list=$work/barriers kind order line run changed waits
     rm -f "$list"
-    for precision in fp32 bf16; do
-        CUDA_ON_CPU_LIST=$list build/test_on_cpu_$precision --digest >"$work/digest_$precision"
+    for kind in fp32 bf16 hopper; do
+        CUDA_ON_CPU_LIST=$list digest $kind >"$work/digest_$kind"
         for order in descending random; do
-            same_digest $precision CUDA_ON_CPU_ORDER=$order
-            check "$precision: threads in $order order give the same bits" $?
+            same_digest $kind CUDA_ON_CPU_ORDER=$order
+            check "$kind: threads in $order order give the same bits" $?
         done
     done
-    [ "$(cut -d' ' -f1 "$list" | sort -u | wc -l)" -eq "$(grep -c '__syncthreads' loopmdm.cu)" ]
-    check "every barrier in loopmdm.cu was met" $?
+    waits='__syncthreads|cp_async_wait<|mbarrier_wait\(|wgmma_wait<'
+    [ "$(cut -d' ' -f1 "$list" | sort -u | wc -l)" -eq \
+        "$(cat loopmdm.cu dev/hopper.h | grep -cE "$waits")" ]
+    check "every barrier and wait in loopmdm.cu and dev/hopper.h was met" $?
     while read -r line; do
         changed=1
-        for run in "ascending bf16" "descending bf16" "descending fp32"; do
-            read -r order precision <<<"$run"
+        for run in "ascending bf16" "descending bf16" "descending fp32" "ascending hopper" \
+            "descending hopper"; do
+            read -r order kind <<<"$run"
             [ $changed -eq 0 ] && break
-            same_digest "$precision" CUDA_ON_CPU_ORDER=$order CUDA_ON_CPU_SKIP=$line || changed=0
+            same_digest "$kind" CUDA_ON_CPU_ORDER=$order CUDA_ON_CPU_SKIP=$line || changed=0
         done
-        check "results change without the barrier in line $line, in $(kernels_of "$line")" $changed
-    done < <(cut -d' ' -f1 "$list" | sort -nu)
+        check "results change without the wait in $line, in $(kernels_of "$line")" $changed
+    done < <(cut -d' ' -f1 "$list" | sort -u)
     # The checks of layers notice it too, in matmul and in attention
-    for line in $(grep -E ' (matmul|attention|kv|q)$' "$list" | cut -d' ' -f1 | sort -nu); do
-        ! CUDA_ON_CPU_SKIP=$line build/test_on_cpu_bf16 --layers >/dev/null 2>&1
-        check "the checks of layers fail without the barrier in line $line" $?
+    for line in $(grep -E ' (matmul|attention|kv|q)$' "$list" | cut -d' ' -f1 | sort -u); do
+        ! layers_pass CUDA_ON_CPU_SKIP=$line || ! layers_pass CUDA_ON_CPU_CAPABILITY=90 \
+            CUDA_ON_CPU_ORDER=descending CUDA_ON_CPU_SKIP=$line
+        check "the checks of layers fail without the wait in $line" $?
     done
     counted
 }
-kernels_of() { grep -E "^$1 " "$list" | cut -d' ' -f2 | sort -u | paste -sd' '; }
+kernels_of() { grep -F "$1 " "$list" | cut -d' ' -f2 | sort -u | paste -sd' '; }
+layers_pass() { env "$@" build/test_on_cpu_bf16 --layers >/dev/null 2>&1; }
 
-# same_digest PRECISION VARIABLE=VALUE...: whether the digest with these settings is the usual one.
-# It ends at the first line that differs.
+# digest KIND VARIABLE=VALUE...: hopper is bf16 on a GPU that has dev/hopper.h's instructions.
+digest() {
+    if [ "$1" = hopper ]; then
+        env CUDA_ON_CPU_CAPABILITY=90 "${@:2}" build/test_on_cpu_bf16 --digest
+    else
+        env "${@:2}" "build/test_on_cpu_$1" --digest
+    fi
+}
+
+# same_digest KIND VARIABLE=VALUE...: whether the digest with these settings is the usual one. It
+# ends at the first line that differs.
 same_digest() {
     local line want=$work/digest_$1
     exec 3<"$want"
@@ -118,7 +133,7 @@ same_digest() {
             exec 3<&- 4<&-
             return 1
         fi
-    done 4< <(env "${@:2}" build/test_on_cpu_$1 --digest 2>/dev/null)
+    done 4< <(digest "$@" 2>/dev/null)
     ! read -r want <&3
 }
 
@@ -134,6 +149,11 @@ sanitized() { # PRECISION, BF16
     check "$1: layers: $(tail -n 1 "$work/layers_$1")" $status
     "$test" --digest >/dev/null
     check "$1: training steps and samples" $?
+    if [ "$1" = bf16 ]; then
+        env CUDA_ON_CPU_CAPABILITY=90 "$test" --layers >/dev/null &&
+            env CUDA_ON_CPU_CAPABILITY=90 "$test" --digest >/dev/null
+        check "Hopper: layers, training steps and samples" $?
+    fi
     "$test" --out-of-bounds >"$work/asan_$1" 2>&1
     grep -q 'heap-buffer-overflow' "$work/asan_$1"
     check "$1: a read one row beyond an array is noticed" $?
@@ -179,10 +199,14 @@ nvcc_compiles() {
     for arch in "${@:2}"; do
         gpus+=(-gencode "arch=compute_$arch,code=sm_$arch")
     done
+    local hopper=0 log=$work/nvcc_$1_$2.log
+    [ "$2" = 90a ] && hopper=1
     $NVCC -x cu -O3 -std=c++17 -I. "${gpus[@]}" --Werror all-warnings \
-        -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 \
-        -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1.o"
+        -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper \
+        -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
     check "$NVCC for sm_${*:2}, BF16=$1" $?
+    ! grep -E 'C75|Performance Loss' "$log" # products of wgmma that would wait for each other
+    check "nothing that makes wgmma slow" $?
     counted
 }
 
@@ -211,8 +235,11 @@ fi
 
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
 both
+start on_cpu_hopper env CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_ORDER=random \
+    build/test_on_cpu_bf16 --layers "${references[@]}"
 if command -v "$NVCC" >/dev/null; then
     start nvcc_bf16 nvcc_compiles 1 80 100
+    start nvcc_hopper nvcc_compiles 1 90a
     start nvcc_fp32 nvcc_compiles 0 90 # for checks only, and it takes long
 else
     echo "no nvcc: not compiled for GPUs"

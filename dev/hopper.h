@@ -1,0 +1,182 @@
+/*
+The matrix product of loopmdm.cu on the instructions of Hopper, compute capability 9.0 (H100, H200).
+loopmdm.cu includes this file.
+
+Hopper's tensor cores reach their speed with wgmma only. It takes both tiles from shared memory,
+transposed or not, and the threads need not wait for it. TMA brings the tiles, and is asked by one
+thread. So a block has three warpgroups: one that loads, and two that multiply, each 64 x COLS of a
+tile of 128 x COLS. They meet at mbarriers, two for each place of the ring:
+
+    loads       waits for empty[s]; asks TMA for the next tiles, whose bytes count at full[s]
+    multiply    wait for full[s]; begin its products; end those before, and arrive at their empty[s]
+
+A block makes one tile of C after the other, and the next tile's numbers are loaded while one is
+stored. COLS is 256, or 96 where that wastes less (C = 288). dev/ptx.h has the instructions.
+*/
+#pragma once
+
+enum { GROUP = 4 * WARP, LOADS = 2, SLICE = 64, ROWS = 2 * 64 };
+
+template <int COLS> struct Hopper {
+    static constexpr int blocks = COLS > 128 ? 1 : 2;  // of a multiprocessor
+    static constexpr int stages = COLS > 128 ? 4 : 3;  // of the ring
+    static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE; // numbers
+    static constexpr int stage_size = ROWS * SLICE + b_size;
+    static constexpr int registers = COLS > 128 ? 232 : 96; // of a thread that multiplies
+};
+
+// What wgmma needs to know about a tile in shared memory: its address; the distance of its groups
+// of 8 rows, 1024 bytes; for a transposed tile the distance of its groups of 64 columns; and in the
+// highest bits that TMA has exchanged the chunks of its rows. All but these count in 16 bytes.
+__device__ static inline uint64_t descriptor(const floatX *tile) {
+    uint64_t groups = SLICE * SLICE * sizeof(floatX) / 16;
+    return 1ull << 62 | 1024ull / 16 << 32 | groups << 16 | shared_address(tile) / 16;
+}
+
+// Tile n of C, and of the parts of K. The shorter side of C runs fastest: the blocks that run at
+// the same time then share most of what they load.
+struct Tile {
+    int i0, j0, z;
+    __device__ Tile(int n, int tall, int wide, int columns) {
+        z = n / (tall * wide);
+        n %= tall * wide;
+        i0 = (tall > wide ? n / wide : n % tall) * ROWS;
+        j0 = (tall > wide ? n % wide : n / tall) * columns;
+    }
+};
+
+// From each of two results of mma a lane has two neighbours. Lanes 2n and 2n + 1 exchange: now the
+// even one has four neighbours of the left result, the odd one of the right.
+__device__ static inline void exchange(float x[4], const float left[2], const float right[2]) {
+    bool odd = threadIdx.x % 2;
+    for (int e = 0; e < 2; e++) {
+        float other = __shfl_xor_sync(ALL, odd ? left[e] : right[e], 1);
+        x[e] = odd ? other : left[e];
+        x[e + 2] = odd ? right[e] : other;
+    }
+}
+
+// Grid: as many blocks as run at the same time. Block: 3 * GROUP.
+template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
+__global__ void __launch_bounds__(3 * GROUP, Hopper<COLS>::blocks)
+matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
+                     const __grid_constant__ CUtensorMap b, int M, int N, int K, int depth) {
+    typedef Hopper<COLS> H;
+    extern __shared__ __align__(1024) floatX ring[]; // (stages, A and B)
+    __shared__ uint64_t full[H::stages];
+    __shared__ uint64_t empty[H::stages];
+    int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int tall = blocks(M, ROWS), wide = blocks(N, COLS), tiles = tall * wide * blocks(K, depth);
+    int step = 0; // counts through all tiles of the block
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < H::stages; s++) {
+            mbarrier_init(&full[s], 1);
+            mbarrier_init(&empty[s], LOADS * GROUP / WARP); // warps that multiply
+        }
+        mbarrier_init_done();
+    }
+    __syncthreads(); // the barriers are there
+
+    if (group == LOADS) {
+        fewer_registers<40>();
+        if (threadIdx.x % GROUP) return;
+        int bytes = ROWS * SLICE + (TRANS_B ? H::b_size : COLS * SLICE);
+        for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+            Tile tile(n, tall, wide, COLS);
+            int end = min(K, (tile.z + 1) * depth);
+            for (int k = tile.z * depth; k < end; k += SLICE, step++) {
+                int s = step % H::stages;
+                floatX *at = ring + s * H::stage_size, *bt = at + ROWS * SLICE;
+                mbarrier_wait(&empty[s], step / H::stages % 2 ^ 1); // in the first round it is
+                mbarrier_expect(&full[s], bytes * (int)sizeof(floatX));
+                if (!TRANS_A) tma_load(at, &a, k, tile.i0, &full[s]);
+                for (int i = 0; TRANS_A && i < ROWS; i += SLICE)
+                    tma_load(at + i * SLICE, &a, tile.i0 + i, k, &full[s]);
+                if (!TRANS_B) tma_load(bt, &b, k, tile.j0, &full[s]);
+                for (int j = 0; TRANS_B && j < COLS; j += SLICE)
+                    tma_load(bt + j * SLICE, &b, tile.j0 + j, k, &full[s]);
+            }
+        }
+        return;
+    }
+
+    more_registers<H::registers>();
+    for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+        Tile tile(n, tall, wide, COLS);
+        int begin = tile.z * depth, end = min(K, begin + depth);
+        float sum[COLS / 8][4]; // the first product sets it
+#pragma unroll 1 // in copies of the loop the compiler would wait for each product
+        for (int k0 = begin; k0 < end; k0 += SLICE, step++) {
+            int s = step % H::stages;
+            const floatX *at = ring + s * H::stage_size + group * 64 * SLICE;
+            const floatX *bt = ring + s * H::stage_size + ROWS * SLICE;
+            mbarrier_wait(&full[s], step / H::stages % 2);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < SLICE; k += 16) { // transposed tiles have 64 columns
+                uint64_t a_at = descriptor(at + (TRANS_A ? k * 64 : k));
+                uint64_t b_at = descriptor(bt + (TRANS_B ? k * 64 : k));
+                wgmma<TRANS_A, TRANS_B>(sum, a_at, b_at, k0 + k > begin);
+            }
+            wgmma_commit();
+            wgmma_wait<1>(); // the step before is done with its tiles
+            if (k0 > begin && lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
+        }
+        wgmma_wait<0>();
+        if (lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
+        keep(sum);
+
+#pragma unroll
+        for (int j = 0; j < COLS / 8; j += 2)
+#pragma unroll
+            for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
+                float x[4];
+                exchange(x, &sum[j][2 * half], &sum[j + 1][2 * half]);
+                int row = tile.i0 + warp * 16 + lane / 4 + half * 8;
+                int column = tile.j0 + (j + lane % 2) * 8 + lane / 2 % 2 * 4;
+                if (row < M && column < N) epilogue(tile.z * M + row, column, x);
+            }
+    }
+}
+
+// How TMA finds boxes of (box_rows,64) in a matrix (rows,columns). What is outside becomes zero.
+static CUtensorMap tensor_map(const floatX *matrix, int ld, int rows, int columns, int box_rows) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode; // the driver's function
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                    12000, cudaEnableDefault, &found),
+                   "the driver's function for tensor maps");
+    }
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    cuuint64_t strides[] = {ld * sizeof(floatX)};
+    cuuint32_t box[] = {SLICE, (cuuint32_t)box_rows}, steps[] = {1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)matrix, sizes, strides, box,
+               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+        die(FAILED, "the GPU's driver makes no tensor map of a matrix (%d,%d)", rows, columns);
+    return map;
+}
+
+template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
+static void multiply_hopper(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+                            int M, int N, int K, int depth) {
+    typedef Hopper<COLS> H;
+    CUtensorMap a_map = TRANS_A ? tensor_map(a, lda, K, M, SLICE) : tensor_map(a, lda, M, K, ROWS);
+    CUtensorMap b_map = TRANS_B ? tensor_map(b, ldb, K, N, SLICE) : tensor_map(b, ldb, N, K, COLS);
+    size_t shared = H::stages * H::stage_size * sizeof(floatX);
+    int tiles = blocks(M, ROWS) * blocks(N, COLS) * blocks(K, depth);
+    int grid = min(tiles, H::blocks * this_gpu()->multiProcessorCount);
+    auto matmul = matmul_hopper_kernel<COLS, TRANS_A, TRANS_B, Epilogue>;
+    allow_shared(matmul, shared, "matmul");
+    matmul<<<grid, 3 * GROUP, shared>>>(epilogue, a_map, b_map, M, N, K, depth);
+    launched("matmul");
+}
+
+// TMA wants rows that begin at multiples of 16 bytes, and epilogues get four neighbours.
+static bool hopper_can(const floatX *a, int lda, const floatX *b, int ldb, int ld) {
+    bool aligned = ((uintptr_t)a | (uintptr_t)b) % 16 == 0 && lda % 8 == 0 && ldb % 8 == 0;
+    return this_gpu()->major == 9 && aligned && ld % 4 == 0;
+}

@@ -1,0 +1,177 @@
+/*
+PTX instructions for which CUDA C++ has no functions, each behind one small function. loopmdm.cu
+says how they work together. dev/cuda_on_cpu has the same functions in C, for the CPU.
+Reference: NVIDIA, Parallel Thread Execution ISA.
+*/
+#pragma once
+#include <cuda_bf16.h>
+#if HOPPER
+#include <cudaTypedefs.h>
+#endif
+
+#if BF16
+// d += A B by a warp, (16,8) = (16,16) (16,8), in bf16 with float sums
+__device__ static inline void mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// Where in shared memory, as PTX counts
+__device__ static inline uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// Four matrices of 8 rows of 16 bytes from shared memory. Lane n gives the address of row n % 8 of
+// matrix n / 8. It gets 4 bytes of row n / 4 of each matrix; transposed: two bf16 of column n / 4.
+__device__ static inline void ldmatrix_x4(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// Starts a copy of 16 bytes to shared memory. Only the first so many bytes are read; the others
+// become zero.
+__device__ static inline void cp_async_16(void *shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+// The copies since the last call are one group.
+__device__ static inline void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all groups except the N newest.
+template <int N> __device__ static inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+
+#if HOPPER
+// ---- mbarriers: 8 bytes of shared memory that count arrivals of threads and of bytes ----
+//
+// A phase ends when `count` threads have arrived, and all bytes that they expect. Phases have
+// parity 0, 1, 0, ...
+
+__device__ static inline void mbarrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Shows the barriers that are ready to TMA. Other threads need a __syncthreads() after it.
+__device__ static inline void mbarrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;"
+                 ::: "memory");
+}
+
+__device__ static inline void mbarrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                 :: "r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and tells how many bytes TMA will bring in this phase.
+__device__ static inline void mbarrier_expect(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity has ended. On a new barrier parity 1 has.
+__device__ static inline void mbarrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra again;\n"
+                 "}" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// ---- TMA, the tensor memory accelerator: one thread loads a whole box ----
+
+// Starts to load the map's box that begins at this row and column. It becomes rows of 128 bytes in
+// shared memory: chunk c of 16 bytes of row r lies at chunk c ^ r % 8, so that neither rows nor
+// columns meet in one bank. The bytes count at the barrier.
+__device__ static inline void tma_load(void *shared, const CUtensorMap *map, int column, int row,
+                                       uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4}], [%2];"
+                 :: "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)),
+                    "r"(column), "r"(row) : "memory");
+}
+
+// ---- wgmma: a warpgroup, 4 warps, multiplies tiles in shared memory, and need not wait ----
+
+// Registers for each thread of this warpgroup from now on: gets or gives back some.
+template <int N> __device__ static inline void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> __device__ static inline void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+// Comes before the first product after other instructions have used the sums.
+__device__ static inline void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// The products since the last call are one group.
+__device__ static inline void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits for all groups except the N newest.
+template <int N> __device__ static inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
+
+// The compiler does not move uses of the sums across this.
+template <int N> __device__ static inline void keep(float (&d)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) :: "memory");
+}
+
+// d += A B or, with add 0, d = A B: (64,N) = (64,16) (16,N) with N = 96 or 256. Warp w has rows 16w
+// to 16w + 15, and d[j] is laid out like mma's d, for columns 8j to 8j + 7. a and b are descriptors
+// of the tiles; TRANS says that a tile holds the transposed matrix (mn-major in PTX).
+#define SUMS_4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define SUMS_16(j) SUMS_4(j), SUMS_4(j + 1), SUMS_4(j + 2), SUMS_4(j + 3)
+#define SUMS_48(j) SUMS_16(j), SUMS_16(j + 4), SUMS_16(j + 8)
+template <bool TRANS_A, bool TRANS_B> __device__ static inline
+void wgmma(float (&d)[12][4], uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %50, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
+                 "%48, %49, p, 1, 1, %51, %52;\n"
+                 "}" : SUMS_48(0) : "l"(a), "l"(b), "r"(add), "n"((int)TRANS_A), "n"((int)TRANS_B));
+}
+template <bool TRANS_A, bool TRANS_B> __device__ static inline
+void wgmma(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+                 "}, %128, %129, p, 1, 1, %131, %132;\n"
+                 "}" : SUMS_48(0), SUMS_48(12), SUMS_16(24), SUMS_16(28)
+                 : "l"(a), "l"(b), "r"(add), "n"((int)TRANS_A), "n"((int)TRANS_B));
+}
+#endif
