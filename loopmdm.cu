@@ -228,6 +228,20 @@ __device__ static inline void to_a(Pair a[4 * WORDS], const float left[4], const
     }
 }
 
+// Stores a warp's result (16,D) in a matrix with rows ld apart, where it has such rows and columns.
+template <int D> __device__ static inline
+void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, int columns) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int d = 0; d < D / 8; d++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = lane / 4 + half * 8, column = d * 8 + lane % 4 * 2;
+            float pair[2] = {result[d][2 * half], result[d][2 * half + 1]};
+            if (row < rows && column < columns) store(to + row * ld + column, pair);
+        }
+}
+
 // Tiles in shared memory have so many more columns, so that the 8 rows of an ldmatrix lie in
 // different banks.
 enum { PAD = 16 / sizeof(floatX) };
@@ -259,6 +273,9 @@ void load_tile(floatX *tile, const floatX *src, size_t ld, int rows, int cols) {
             for (int e = 0; e < CHUNK; e++) to[e] = e < n ? from[e] : (floatX)0.0f;
     }
 }
+
+// In bf16 the hardware's approximation is exact enough.
+__device__ static inline float exp_2(float x) { return BF16 ? exp2_approx(x) : exp2f(x); }
 
 // ---- GELU, tanh form, for the epilogues below ----
 
@@ -783,7 +800,7 @@ static void rope(floatX *qkv, const float *cosine, const float *sine, float sign
 // 64 at a time. Scores, probabilities and the output stay in registers. The softmax is online: when
 // a larger score comes, what was summed so far is scaled down.
 //
-// D is the size of a head, C/NH, rounded up to 32, 48, 64 or 128; the added columns are zero.
+// D is the size of a head, C/NH, rounded up to 32, 48, 64, 96 or 128; the added columns are zero.
 // Scores are in units of log 2, because exp2 is what the hardware has:
 //   score = q k^T scale2  with scale2 = log2(e)/sqrt(C/NH),   lse = log2 sum exp2(score)
 enum { ATTN_ROWS = 64, ATTN_THREADS = 128, KEYS = 64 };
@@ -823,20 +840,6 @@ void multiply(float sum[D / 8][4], const float p[N / 8][4], const floatX *b) {
             mma_16x8x16(sum[2 * d + 1], af, bf + 2 * WORDS);
         }
     }
-}
-
-// Stores a warp's result (16,D) in a matrix with rows ld apart, where it has such rows and columns.
-template <int D> __device__ static inline
-void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, int columns) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int d = 0; d < D / 8; d++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = lane / 4 + half * 8, column = d * 8 + lane % 4 * 2;
-            float pair[2] = {result[d][2 * half], result[d][2 * half + 1]};
-            if (row < rows && column < columns) store(to + row * ld + column, pair);
-        }
 }
 
 // Grid: B * NH * attention_tiles(T), a block for 64 queries of a head. Block: ATTN_THREADS.
@@ -881,12 +884,12 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
             m = fmaxf(m, __shfl_xor_sync(ALL, m, 1)); // four lanes share a query
             m = fmaxf(m, __shfl_xor_sync(ALL, m, 2));
 
-            float shrink = exp2f(largest[half] - m); // 1 if no larger score has come
+            float shrink = exp_2(largest[half] - m); // 1 if no larger score has come
             largest[half] = m;
 #pragma unroll
             for (int j = 0; j < KEYS / 4; j++) {
                 float *x = &p[j / 2][2 * half + j % 2];
-                *x = exp2f(*x - m);
+                *x = exp_2(*x - m);
                 s += *x;
             }
             sum[half] = sum[half] * shrink + s;
@@ -922,18 +925,21 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
 // atomics: a block of the first owns 64 keys and goes over all queries, a block of the second owns
 // 64 queries and goes over all keys.
 
-// delta (B,NH,T) = sum(p dp) over the keys of a query. This is the sum of dout out over the head's
-// channels, because dp_j = dout v_j and out = sum(p_j v_j).
-// Grid: B * NH * T / 8. Block: THREADS, a warp for each query.
-__global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out,
-                                       int B, int T, int C, int NH) {
-    int n = (int)(thread_index() / WARP), lane = threadIdx.x % WARP, size = C / NH;
-    if (n >= B * NH * T) return;
-    size_t at = ((size_t)(n / (NH * T)) * T + n % T) * C + n / T % NH * size;
+// lse_delta (B,NH,tiles * ATTN_ROWS,2) = lse, and delta = sum(p dp) over the keys of a query. This
+// is the sum of dout out over the head's channels, because dp_j = dout v_j and out = sum(p_j v_j).
+// For queries beyond the last lse is infinite, which makes their p zero.
+// Grid: B * NH * tiles * ATTN_ROWS / 8. Block: THREADS, a warp for each query.
+__global__ void attention_delta_kernel(float *lse_delta, const float *lse, const floatX *dout,
+                                       const floatX *out, int T, int C, int NH) {
+    int padded_T = attention_tiles(T) * ATTN_ROWS, size = C / NH;
+    int n = (int)(thread_index() / WARP), lane = threadIdx.x % WARP;
+    int bh = n / padded_T, t = n % padded_T; // the number of warps has no remainder
+    size_t at = ((size_t)(bh / NH) * T + t) * C + bh % NH * size;
     float sum = 0;
-    for (int d = lane; d < size; d += WARP) sum += (float)dout[at + d] * (float)out[at + d];
-    sum = warp_sum(sum);
-    if (lane == 0) delta[n] = sum;
+    for (int d = lane; d < size && t < T; d += WARP)
+        sum += (float)dout[at + d] * (float)out[at + d];
+    float both[2] = {t < T ? lse[(size_t)bh * T + t] : INFINITY, warp_sum(sum)};
+    if (lane == 0) store(lse_delta + 2 * (size_t)n, both);
 }
 
 // How many queries, or keys, to load at a time. Heads of 128 in fp32 then take all of the 99 KiB
@@ -985,8 +991,8 @@ void load_two(floatX *tiles, const floatX *x, size_t ldx, const floatX *y, size_
 // dk and dv. The rows of p and dscores are the block's keys here, the columns are queries.
 // Grid: B * NH * attention_tiles(T), a block for 64 keys of a head. Block: ATTN_THREADS.
 template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
-attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
-                             const float *delta, float scale, int T, int C, int NH) {
+attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                             const float *lse_delta, float scale, int T, int C, int NH) {
     enum { LD = D + PAD, N = queries_at_a_time(D) };
     extern __shared__ __align__(16) floatX tiles[];
     floatX *kt = tiles, *vt = kt + ATTN_ROWS * LD;
@@ -997,8 +1003,7 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     const floatX *dy = dout + (size_t)b * T * C + h * size;
     float scale2 = scale * 1.44269504f, dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    lse += (size_t)bh * T;
-    delta += (size_t)bh * T;
+    lse_delta += (size_t)bh * attention_tiles(T) * ATTN_ROWS * 2;
 
     load_tile<ATTN_ROWS, D>(kt, k + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     load_tile<ATTN_ROWS, D>(vt, v + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
@@ -1013,14 +1018,16 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv
         float p[N / 8][4] = {}, dscores[N / 8][4] = {}; // first scores and dp
         multiply_rows<D, N>(p, kt + warp * 16 * LD, qt, dscores, vt + warp * 16 * LD, dyt);
 #pragma unroll
-        for (int j = 0; j < N / 8; j++)
+        for (int j = 0; j < N / 8; j++) {
+            float queries[4]; // lse and delta of two
+            load(queries, lse_delta + 2 * (i0 + j * 8 + lane % 4 * 2));
 #pragma unroll
-            for (int e = 0; e < 4; e++) { // what lies beyond the last position counts as zero
-                int key = t_warp + lane / 4 + e / 2 * 8, query = i0 + j * 8 + lane % 4 * 2 + e % 2;
-                bool there = key < T && query < T;
-                p[j][e] = there ? exp2f(p[j][e] * scale2 - lse[query]) : 0;
-                dscores[j][e] = there ? scale * p[j][e] * (dscores[j][e] - delta[query]) : 0;
+            for (int e = 0; e < 4; e++) {
+                const float *query = queries + e % 2 * 2;
+                p[j][e] = exp_2(p[j][e] * scale2 - query[0]);
+                dscores[j][e] = scale * p[j][e] * (dscores[j][e] - query[1]);
             }
+        }
         multiply<D, N>(dk, dscores, qt);
         multiply<D, N>(dv, p, dyt);
 
@@ -1034,8 +1041,8 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv
 // dq. The rows of p and dscores are the block's queries here, the columns are keys.
 // Grid: B * NH * attention_tiles(T), a block for 64 queries of a head. Block: ATTN_THREADS.
 template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
-attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
-                            const float *delta, float scale, int T, int C, int NH) {
+attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                            const float *lse_delta, float scale, int T, int C, int NH) {
     enum { LD = D + PAD, N = keys_at_a_time(D) };
     extern __shared__ __align__(16) floatX tiles[];
     floatX *qt = tiles, *dyt = qt + ATTN_ROWS * LD;
@@ -1046,8 +1053,10 @@ attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     const floatX *dy = dout + (size_t)b * T * C + h * size;
     float scale2 = scale * 1.44269504f, dq[D / 8][4] = {};
-    lse += (size_t)bh * T;
-    delta += (size_t)bh * T;
+    float queries[2][2]; // lse and delta of queries lane / 4, and that + 8
+    lse_delta += ((size_t)bh * attention_tiles(T) * ATTN_ROWS + t_warp + lane / 4) * 2;
+    load(queries[0], lse_delta);
+    load(queries[1], lse_delta + 8 * 2);
 
     load_tile<ATTN_ROWS, D>(qt, q + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     load_tile<ATTN_ROWS, D>(dyt, dy + (size_t)t0 * C, C, T - t0, size);
@@ -1064,11 +1073,11 @@ attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
 #pragma unroll
         for (int j = 0; j < N / 8; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) { // what lies beyond the last position counts as zero
-                int query = t_warp + lane / 4 + e / 2 * 8, key = j0 + j * 8 + lane % 4 * 2 + e % 2;
-                bool there = key < T && query < T;
-                p[j][e] = there ? exp2f(p[j][e] * scale2 - lse[query]) : 0;
-                dscores[j][e] = there ? scale * p[j][e] * (dscores[j][e] - delta[query]) : 0;
+            for (int e = 0; e < 4; e++) { // what lies beyond the last key counts as zero
+                const float *query = queries[e / 2];
+                bool there = j0 + j * 8 + lane % 4 * 2 + e % 2 < T;
+                p[j][e] = there ? exp_2(p[j][e] * scale2 - query[0]) : 0;
+                dscores[j][e] = scale * p[j][e] * (dscores[j][e] - query[1]);
             }
         multiply<D, N>(dq, dscores, kt);
 
@@ -1080,6 +1089,10 @@ attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
 
 template <int D> static void
 attention_forward_of(floatX *out, float *lse, const floatX *qkv, int B, int T, int C, int NH) {
+#if HOPPER
+    if (this_gpu()->major == 9 && C / NH == D)
+        return attention_forward_hopper<D>(out, lse, qkv, B, T, C, NH);
+#endif
     int grid = B * NH * attention_tiles(T);
     size_t shared = (ATTN_ROWS + 2 * KEYS) * (D + PAD) * sizeof(floatX);
     auto attention = attention_forward_kernel<D>;
@@ -1095,12 +1108,18 @@ attention_forward(floatX *out, float *lse, const floatX *qkv, int B, int T, int 
     if (D <= 32) attention_forward_of<32>(out, lse, qkv, B, T, C, NH);
     else if (D <= 48) attention_forward_of<48>(out, lse, qkv, B, T, C, NH);
     else if (D <= 64) attention_forward_of<64>(out, lse, qkv, B, T, C, NH);
+    else if (D <= 96) attention_forward_of<96>(out, lse, qkv, B, T, C, NH);
     else attention_forward_of<128>(out, lse, qkv, B, T, C, NH);
 }
 
 template <int D> static void
-attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
-                      const float *delta, int B, int T, int C, int NH) {
+attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse_delta,
+                      int B, int T, int C, int NH) {
+#if HOPPER
+    if constexpr (D <= 96) // the sums of larger heads take too many registers
+        if (this_gpu()->major == 9 && C / NH == D)
+            return attention_backward_hopper<D>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
+#endif
     int grid = B * NH * attention_tiles(T);
     float scale = 1 / sqrtf(C / NH);
     size_t row = (D + PAD) * sizeof(floatX);
@@ -1110,22 +1129,24 @@ attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const
     auto q = attention_backward_q_kernel<D>;
     allow_shared(kv, kv_shared, "attention_backward_kv");
     allow_shared(q, q_shared, "attention_backward_q");
-    kv<<<grid, ATTN_THREADS, kv_shared>>>(dqkv, dout, qkv, lse, delta, scale, T, C, NH);
+    kv<<<grid, ATTN_THREADS, kv_shared>>>(dqkv, dout, qkv, lse_delta, scale, T, C, NH);
     launched("attention_backward_kv");
-    q<<<grid, ATTN_THREADS, q_shared>>>(dqkv, dout, qkv, lse, delta, scale, T, C, NH);
+    q<<<grid, ATTN_THREADS, q_shared>>>(dqkv, dout, qkv, lse_delta, scale, T, C, NH);
     launched("attention_backward_q");
 }
 
-// out (B,T,C) is what forward gave; delta (B,NH,T) is a buffer.
-static void attention_backward(floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
-                               const floatX *qkv, const float *lse, int B, int T, int C, int NH) {
-    int D = C / NH, grid = blocks((size_t)B * NH * T, THREADS / WARP);
-    attention_delta_kernel<<<grid, THREADS>>>(delta, dout, out, B, T, C, NH);
+// out (B,T,C) is what forward gave; lse_delta is a buffer, see attention_delta_kernel.
+static void attention_backward(floatX *dqkv, float *lse_delta, const floatX *dout,
+                               const floatX *out, const floatX *qkv, const float *lse,
+                               int B, int T, int C, int NH) {
+    int D = C / NH, grid = B * NH * attention_tiles(T) * ATTN_ROWS / (THREADS / WARP);
+    attention_delta_kernel<<<grid, THREADS>>>(lse_delta, lse, dout, out, T, C, NH);
     launched("attention_delta");
-    if (D <= 32) attention_backward_of<32>(dqkv, dout, qkv, lse, delta, B, T, C, NH);
-    else if (D <= 48) attention_backward_of<48>(dqkv, dout, qkv, lse, delta, B, T, C, NH);
-    else if (D <= 64) attention_backward_of<64>(dqkv, dout, qkv, lse, delta, B, T, C, NH);
-    else attention_backward_of<128>(dqkv, dout, qkv, lse, delta, B, T, C, NH);
+    if (D <= 32) attention_backward_of<32>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
+    else if (D <= 48) attention_backward_of<48>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
+    else if (D <= 64) attention_backward_of<64>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
+    else if (D <= 96) attention_backward_of<96>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
+    else attention_backward_of<128>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
 }
 
 // ---- masked positions ----
@@ -1366,7 +1387,7 @@ typedef struct { // as in loopmdm.c; only acts and sequence_loss are on the host
     floatX *dlogits;                        // the same; in fp32 they take the place of the logits
     float *losses;                          // (R)
 
-    float *dres, *dhead, *delta;            // (B,T,C), (head_rows,C) of head_inp, (B,NH,T)
+    float *dres, *dhead, *lse_delta;        // (B,T,C), (head_rows,C) of head_inp, padded
     floatX *dresx, *dln, *datty;            // (B,T,C): a copy of dres, and two buffers
     floatX *dwide;                          // (B,T,4C) of fch, then (B,T,3C) of qkv
     Parts parts;
@@ -1413,6 +1434,7 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
 
     size_t angles = (size_t)T * (C / c.heads / 2), logits = R * m->padded_logits;
     size_t grad = training ? BT * C : 0, kept = training ? 0 : BT * C; // numbers
+    size_t padded_T = (size_t)attention_tiles(T) * ATTN_ROWS;
     const Piece pieces[] = {
         {&m->sequence_loss_gpu, B * D}, {&m->x, BT * I}, {&m->targets, BT * I},
         {&m->masked, BT * I}, {&m->count, I}, {&m->weights, BT * F}, {&m->token, R * I},
@@ -1423,7 +1445,8 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
         {&m->lnf_rstd, R * F}, {&m->logits, logits * F},
         {&m->dlogits, BF16 && training ? logits * X : 0}, {&m->losses, BT * F},
         {&m->dres, grad * F}, {&m->dhead, training ? R * C * F : 0},
-        {&m->delta, training ? BT * c.heads * F : 0}, {&m->dresx, grad * X}, {&m->dln, grad * X},
+        {&m->lse_delta, training ? 2 * B * c.heads * padded_T * F : 0}, {&m->dresx, grad * X},
+        {&m->dln, grad * X},
         {&m->datty, grad * X}, {&m->dwide, 4 * grad * X}, {&m->before, kept * F},
         {&m->settled, kept * F}, {&m->parts.memory, m->parts.size * F},
     };
@@ -1599,7 +1622,7 @@ static void block_backward(Model *m, int p, int layer) {
     Store<floatX> datty = {m->datty, C, NULL};
     matmul_backward(datty, dw[ATTPROJW], dw[ATTPROJB], m->dresx, C, a.atty, matrix(m, w[ATTPROJW]),
                     BT, C, C, m->parts);
-    attention_backward(m->dwide, m->delta, m->datty, a.atty, a.qkv, a.lse, B, T, C, NH);
+    attention_backward(m->dwide, m->lse_delta, m->datty, a.atty, a.qkv, a.lse, B, T, C, NH);
     rope(m->dwide, m->cosine, m->sine, -1, B, T, C, NH);
     matmul_backward(dln, dw[QKVW], dw[QKVB], m->dwide, 3 * C, a.ln1, matrix(m, w[QKVW]),
                     BT, C, 3 * C, m->parts);

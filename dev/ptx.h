@@ -45,6 +45,13 @@ __device__ static inline void cp_async_16(void *shared, const void *global, int 
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
 
+// 2^x, to 2 units in the last place; what is too small for a normal number is zero.
+__device__ static inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The copies since the last call are one group.
 __device__ static inline void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -108,12 +115,13 @@ __device__ static inline void tma_load(void *shared, const CUtensorMap *map, int
 
 // ---- wgmma: a warpgroup, 4 warps, multiplies tiles in shared memory, and need not wait ----
 
-// Registers for each thread of this warpgroup from now on: gets or gives back some.
-template <int N> __device__ static inline void more_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
-}
+// All threads of a block begin with the same number of registers. From here on those of this
+// warpgroup have N: they give the others back, or wait until there are enough.
 template <int N> __device__ static inline void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> __device__ static inline void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
 }
 
 // Comes before the first product after other instructions have used the sums.
@@ -138,40 +146,54 @@ template <int N> __device__ static inline void keep(float (&d)[N][4]) {
         asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) :: "memory");
 }
 
-// d += A B or, with add 0, d = A B: (64,N) = (64,16) (16,N) with N = 96 or 256. Warp w has rows 16w
-// to 16w + 15, and d[j] is laid out like mma's d, for columns 8j to 8j + 7. a and b are descriptors
-// of the tiles; TRANS says that a tile holds the transposed matrix (mn-major in PTX).
-#define SUMS_4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define SUMS_16(j) SUMS_4(j), SUMS_4(j + 1), SUMS_4(j + 2), SUMS_4(j + 3)
-#define SUMS_48(j) SUMS_16(j), SUMS_16(j + 4), SUMS_16(j + 8)
-template <bool TRANS_A, bool TRANS_B> __device__ static inline
-void wgmma(float (&d)[12][4], uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %50, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
-                 "%48, %49, p, 1, 1, %51, %52;\n"
-                 "}" : SUMS_48(0) : "l"(a), "l"(b), "r"(add), "n"((int)TRANS_A), "n"((int)TRANS_B));
-}
-template <bool TRANS_A, bool TRANS_B> __device__ static inline
-void wgmma(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-                 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
-                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-                 "}, %128, %129, p, 1, 1, %131, %132;\n"
-                 "}" : SUMS_48(0), SUMS_48(12), SUMS_16(24), SUMS_16(28)
-                 : "l"(a), "l"(b), "r"(add), "n"((int)TRANS_A), "n"((int)TRANS_B));
-}
+// d += A B or, with add 0, d = A B, with (64,N) = (64,16) (16,N). Warp w has rows 16w to 16w + 15,
+// and d[j] is laid out like mma's d, for columns 8j to 8j + 7. A and B are tiles in shared memory,
+// given by descriptors. TRANS says that a tile holds the transposed matrix (mn-major in PTX). Or A
+// is in registers, laid out like mma's a, and B is transposed.
+#define TO_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define TO_24 TO_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define TO_32 TO_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define TO_48 TO_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define TO_64 TO_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TO_128 TO_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+    "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101," \
+    "%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
+    "%120,%121,%122,%123,%124,%125,%126,%127"
+#define SUMS_8(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), \
+    "+f"(d[j + 1][0]), "+f"(d[j + 1][1]), "+f"(d[j + 1][2]), "+f"(d[j + 1][3])
+#define SUMS_16(j) SUMS_8(j), SUMS_8(j + 2)
+#define SUMS_24(j) SUMS_16(j), SUMS_8(j + 4)
+#define SUMS_32(j) SUMS_16(j), SUMS_16(j + 4)
+#define SUMS_48(j) SUMS_32(j), SUMS_16(j + 8)
+#define SUMS_64(j) SUMS_32(j), SUMS_32(j + 8)
+#define SUMS_128(j) SUMS_64(j), SUMS_64(j + 16)
+
+// The last arguments are the numbers of the operands that follow the sums.
+#define WGMMA(N, SUMS, A, B, ADD, TRANS_A_, TRANS_B_) \
+    template <bool TRANS_A, bool TRANS_B> __device__ static inline \
+    void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " \
+                     "{" TO_##SUMS "}, " A ", " B ", p, 1, 1, " TRANS_A_ ", " TRANS_B_ ";\n}" \
+                     : SUMS_##SUMS(0) \
+                     : "l"(a), "l"(b), "r"(add), "n"((int)TRANS_A), "n"((int)TRANS_B)); \
+    }
+WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
+WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52")
+WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
+
+#define WGMMA_REGISTERS(N, SUMS, A, B, ADD) \
+    __device__ static inline \
+    void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int add) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " \
+                     "{" TO_##SUMS "}, {" A "}, " B ", p, 1, 1, 1;\n}" \
+                     : SUMS_##SUMS(0) \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)); \
+    }
+WGMMA_REGISTERS(32, 16, "%16,%17,%18,%19", "%20", "%21")
+WGMMA_REGISTERS(48, 24, "%24,%25,%26,%27", "%28", "%29")
+WGMMA_REGISTERS(64, 32, "%32,%33,%34,%35", "%36", "%37")
+WGMMA_REGISTERS(96, 48, "%48,%49,%50,%51", "%52", "%53")
+WGMMA_REGISTERS(128, 64, "%64,%65,%66,%67", "%68", "%69")
 #endif

@@ -260,13 +260,13 @@ static double backward_error(Case c, double *seconds) {
     size_t TC = (size_t)c.T * c.C, last = (c.B - 1) * TC, rows = (size_t)c.B * c.NH * c.T;
     Array<floatX> qkv(3 * c.B * TC), out(c.B * TC), dout(c.B * TC), dqkv(3 * c.B * TC);
     Array<float> right(3 * TC), right_out(TC), right_lse((size_t)c.NH * c.T);
-    Array<float> lse(rows), delta(rows);
+    Array<float> lse(rows), lse_delta(2 * rows + 2 * ATTN_ROWS * c.B * c.NH);
     qkv.fill_random(1, 2);
     dout.fill_random(2, 1);
     attention_forward(out.gpu, lse.gpu, qkv.gpu, c.B, c.T, c.C, c.NH);
     auto launch = [&] {
-        attention_backward(dqkv.gpu, delta.gpu, dout.gpu, out.gpu, qkv.gpu, lse.gpu, c.B, c.T, c.C,
-                           c.NH);
+        attention_backward(dqkv.gpu, lse_delta.gpu, dout.gpu, out.gpu, qkv.gpu, lse.gpu, c.B, c.T,
+                           c.C, c.NH);
     };
     launch();
     const float *last_qkv = qkv.host + 3 * last;

@@ -357,7 +357,7 @@ struct Fiber {
 // 3. The threads of a block, barriers, warp collectives
 
 enum { WARP = 32, MAX_WARPS = 32, MAX_THREADS = 1024, MAX_COPIES = 64 };
-enum { MAX_SUMS = 128, MAX_PRODUCTS = 64 }; // of wgmma: a lane's floats, products on their way
+enum { MAX_SUMS = 128, MAX_PRODUCTS = 64, MAX_RESULTS = 8 }; // of wgmma: a lane's floats, ...
 
 struct Thread {
     Fiber *fiber; // NULL until the thread starts
@@ -371,12 +371,20 @@ struct Mbarrier {
     int32_t missing_bytes;
 };
 
-// A product of wgmma on its way: the lanes' sums, the descriptors of A and B
+// A result of wgmma while products for it are on their way: where the lanes have it, and what it
+// really is, since the lanes' copies are spoilt
+struct Result {
+    float *at[WARP];
+    int columns, products;
+    float sums[WARP][MAX_SUMS];
+};
+
+// A product on its way. A is in the lanes' registers, or has a descriptor as B has.
 struct Product {
-    float *sums[WARP];
-    int columns;
+    int result, columns;
     uint64_t a, b;
-    bool trans_a, trans_b, add;
+    uint32_t registers[WARP][4];
+    bool in_registers, trans_a, trans_b, add;
     unsigned group;
 };
 
@@ -398,9 +406,9 @@ struct Warp {
     uint32_t votes, ballot; // votes for the next collective, votes of the last one
     uint64_t slots[2][WARP]; // for shuffles: lanes may write for the next one while others still
     uint64_t *next_slots;    // read those of the last one
-    Product products[MAX_PRODUCTS]; // of wgmma, in order; all have the same sums
+    Product products[MAX_PRODUCTS]; // of wgmma, in order
+    Result results[MAX_RESULTS];
     unsigned num_products, groups;
-    float sums[WARP][MAX_SUMS]; // what the sums are while they are spoilt
 };
 
 struct Copy {
@@ -738,6 +746,7 @@ inline void run_block(uint64_t block) {
         w.votes = 0;
         w.next_slots = w.slots[0];
         w.num_products = w.groups = 0;
+        for (Result &r : w.results) r.products = 0;
         permute(w.order, w.lanes, &core->random);
     }
     memset(core->shared, 0xFF, running.shared);
@@ -908,6 +917,7 @@ inline void mma_16x8x16(float d[4], const float a[8], const float b[4], LINE) {
     with(d, a, b, "mma_16x8x16 (fp32)", line, multiply<float>);
 }
 #endif
+inline float exp2_approx(float x) { return exp2f(x); }
 inline void ldmatrix_x4(uint32_t r[4], const void *row, LINE) {
     must_be_aligned("ldmatrix_x4", row, line);
     with(r, row, nullptr, "ldmatrix_x4", line, load_matrices<false>);
@@ -987,9 +997,16 @@ inline float element(uint64_t descriptor, bool trans, int i, int k) {
 // Lane 4g + q of warp w has the sums of rows 16w + g and that + 8, of columns 8j + 2q and the next.
 inline void finish_product(Warp &w, const Product &p) {
     static thread_local float a[16][16], b[16][2 * MAX_SUMS];
+    Result &result = w.results[p.result];
     int first_row = (&w - core->warps) % 4 * 16;
+    for (int lane = 0; lane < WARP && p.in_registers; lane++)
+        for (int r = 0; r < 4; r++) {
+            int row = lane / 4 + 8 * (r % 2), column = lane % 4 * 2 + 8 * (r / 2);
+            put(&a[row][column], pair(p.registers[lane], r));
+        }
     for (int k = 0; k < 16; k++) {
-        for (int i = 0; i < 16; i++) a[i][k] = element(p.a, p.trans_a, first_row + i, k);
+        for (int i = 0; i < 16 && !p.in_registers; i++)
+            a[i][k] = element(p.a, p.trans_a, first_row + i, k);
         for (int j = 0; j < p.columns; j++) b[k][j] = element(p.b, p.trans_b, j, k);
     }
     for (int i = 0; i < 16; i++) {
@@ -997,51 +1014,57 @@ inline void finish_product(Warp &w, const Product &p) {
         for (int k = 0; k < 16; k++)
             for (int j = 0; j < p.columns; j++) row[j] += a[i][k] * b[k][j];
         for (int j = 0; j < p.columns; j++) {
-            float *sum = &w.sums[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
+            float *sum = &result.sums[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
             *sum = row[j] + (p.add ? *sum : 0);
         }
     }
+    if (--result.products) return;
+    for (int lane = 0; lane < WARP; lane++) // the program may see it
+        memcpy(result.at[lane], result.sums[lane], p.columns / 2 * sizeof(float));
 }
 
-// Copies the sums of all lanes from the program, and spoils them there; or copies them back.
-inline void spoil_sums(Warp &w, const Product &p) {
-    size_t bytes = p.columns / 2 * sizeof(float);
-    for (int lane = 0; lane < WARP; lane++) {
-        memcpy(w.sums[lane], p.sums[lane], bytes);
-        memset(p.sums[lane], 0xFF, bytes);
+// The result of this product. When it is the first for this result, the result's numbers are kept
+// here, and spoilt where the program has them.
+inline int result_of(Warp &w, int columns) {
+    int unused = -1;
+    for (int i = 0; i < MAX_RESULTS; i++) {
+        if (w.results[i].products && w.results[i].at[0] == w.arguments[0][0]) return i;
+        if (!w.results[i].products) unused = i;
     }
-}
-inline void restore_sums(Warp &w, const Product &p) {
-    for (int lane = 0; lane < WARP; lane++)
-        memcpy(p.sums[lane], w.sums[lane], p.columns / 2 * sizeof(float));
+    if (unused < 0) die(w.line, "more than %d results of wgmma on their way", MAX_RESULTS);
+    size_t bytes = columns / 2 * sizeof(float);
+    for (int lane = 0; lane < WARP; lane++) {
+        float *at = w.results[unused].at[lane] = (float *)w.arguments[lane][0];
+        memcpy(w.results[unused].sums[lane], at, bytes);
+        memset(at, 0xFF, bytes);
+    }
+    return unused;
 }
 
-template <int COLUMNS, bool TRANS_A, bool TRANS_B, bool ADD> void begin_product(Warp &w) {
+template <int COLUMNS, bool IN_REGISTERS, bool TRANS_A, bool TRANS_B, bool ADD>
+void begin_product(Warp &w) {
     if (w.num_products == MAX_PRODUCTS)
         die(w.line, "more than %d wgmma without a wait", MAX_PRODUCTS);
-    Product &p = w.products[w.num_products];
+    Product &p = w.products[w.num_products++];
     void **first = w.arguments[0];
-    p = {{}, COLUMNS, (uint64_t)first[1], (uint64_t)first[2], TRANS_A, TRANS_B, ADD, w.groups};
+    p = {result_of(w, COLUMNS), COLUMNS, (uint64_t)first[1], (uint64_t)first[2], {},
+         IN_REGISTERS, TRANS_A, TRANS_B, ADD, w.groups};
+    w.results[p.result].products++;
     for (int lane = 0; lane < WARP; lane++) {
-        p.sums[lane] = (float *)w.arguments[lane][0];
-        if (w.arguments[lane][1] != first[1] || w.arguments[lane][2] != first[2])
+        void **mine = w.arguments[lane];
+        if (IN_REGISTERS) memcpy(p.registers[lane], mine[1], sizeof p.registers[lane]);
+        if (mine[2] != first[2] || (!IN_REGISTERS && mine[1] != first[1]))
             die(w.line, "wgmma: lanes have different descriptors");
     }
-    if (w.num_products && p.sums[0] != w.products[0].sums[0])
-        die(w.line, "wgmma with two different sums on their way: not supported");
-    if (!w.num_products++) spoil_sums(w, p);
 }
 
 // Does what must be done when all groups except the `newest` must be.
 inline void finish_products(Warp &w, unsigned newest) {
-    if (!w.num_products) return;
     unsigned done = 0;
-    Product last = w.products[w.num_products - 1];
     while (done < w.num_products && w.products[done].group + newest < w.groups)
         finish_product(w, w.products[done++]);
     w.num_products -= done;
     memmove(w.products, w.products + done, w.num_products * sizeof(Product));
-    if (!w.num_products) restore_sums(w, last);
 }
 
 namespace cuda {
@@ -1096,8 +1119,13 @@ template <int N> void wgmma_wait(PLACE) { // until all groups except the N newes
 template <bool TRANS_A, bool TRANS_B, int N>
 void wgmma(float (&d)[N][4], uint64_t a, uint64_t b, int add, LINE) {
     with(d, (void *)a, (void *)b, "wgmma", line,
-         add ? begin_product<8 * N, TRANS_A, TRANS_B, true>
-             : begin_product<8 * N, TRANS_A, TRANS_B, false>);
+         add ? begin_product<8 * N, false, TRANS_A, TRANS_B, true>
+             : begin_product<8 * N, false, TRANS_A, TRANS_B, false>);
+}
+template <int N> void wgmma(float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, int add, LINE) {
+    with(d, a, (void *)b, "wgmma", line,
+         add ? begin_product<8 * N, true, false, true, true>
+             : begin_product<8 * N, true, false, true, false>);
 }
 } // namespace cuda
 #undef PLACE
