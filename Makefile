@@ -103,6 +103,7 @@ build/test_on_cpu_%: test_loopmdm.c $(PROGRAM) $(EMULATION)
 ON_GPU = $(NVCC) -x cu $(NVCCFLAGS) -DBACKEND='"loopmdm.cu"'
 build/loopmdm_cuda_%: $(PROGRAM) loopmdm.cu build/nvcc_flags
 	$(ON_GPU) $(PRECISION_$*) $< -o $@
+PRECISION_profile = $(PRECISION_bf16) -DPROFILE=1
 build/test_cuda_%: test_loopmdm.c $(PROGRAM) loopmdm.cu build/nvcc_flags
 	$(ON_GPU) $(PRECISION_$*) $< -o $@
 
@@ -128,7 +129,7 @@ build/study_%_on_cpu: build/study_%.cpp $(STUDY) $(EMULATION)
 		build/study_cpu.o -o $@ -lm
 build/study_%_cuda: dev/cuda/%.cu $(STUDY) build/nvcc_flags
 	$(NVCC) $(NVCCFLAGS) $(if $(OPENMP),-Xcompiler $(OPENMP)) -DBACKEND='"loopmdm.cu"' \
-		-DBF16=$(BF16_$(PRECISION)) $< build/study_cpu.o -o $@
+		$(PRECISION_$(PRECISION)) $< build/study_cpu.o -o $@
 
 studies: $(STUDIES:%=build/study_%_on_cpu)
 	for study in $(STUDIES); do build/study_$${study}_on_cpu || exit 1; done

@@ -31,6 +31,9 @@ loopmdm_cuda_on_cpu runs the same kernels on the CPU: see dev/cuda_on_cpu/cuda_o
 #ifndef BF16
 #define BF16 0
 #endif
+#ifndef PROFILE
+#define PROFILE 0
+#endif
 #if !defined(HOPPER) && !defined(__CUDACC__)
 #define HOPPER BF16 // the emulation has both kinds of kernels
 #endif
@@ -70,9 +73,15 @@ static void cuda_check(cudaError_t error, const char *what) {
         die(FAILED, "%s: the GPU reports: %s", what, cudaGetErrorString(error));
 }
 
-// Called after every launch. An error inside a kernel shows only at a later copy; with
-// CUDA_LAUNCH_BLOCKING=1 in the environment it shows here.
-static void launched(const char *what) { cuda_check(cudaGetLastError(), what); }
+// Called after every launch, of a matrix product with its shape. An error inside a kernel shows
+// only at a later copy; with CUDA_LAUNCH_BLOCKING=1 in the environment it shows here.
+#if PROFILE
+#include "dev/profile.h" // it also takes the time
+#else
+static void launched(const char *what, int = 0, int = 0, int = 0) {
+    cuda_check(cudaGetLastError(), what);
+}
+#endif
 
 static void write_memory(void *to, const void *from, size_t bytes) {
     cuda_check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying to the GPU");
@@ -281,12 +290,17 @@ __device__ static inline float exp_2(float x) { return BF16 ? exp2_approx(x) : e
 
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
 
+// 1 / (1 + exp(-x)); in bf16 by the hardware's approximations
+__device__ static inline float sigmoid(float x) {
+    return BF16 ? __fdividef(1, 1 + __expf(-x)) : 1 / (1 + expf(-x));
+}
+
 __device__ static inline float gelu(float x) {
-    return x / (1 + expf(-GELU_SCALE * (x + 0.044715f * x * x * x)));
+    return x * sigmoid(GELU_SCALE * (x + 0.044715f * x * x * x));
 }
 
 __device__ static inline float gelu_gradient(float x) { // gelu(x) = x s
-    float s = 1 / (1 + expf(-GELU_SCALE * (x + 0.044715f * x * x * x)));
+    float s = sigmoid(GELU_SCALE * (x + 0.044715f * x * x * x));
     return s + x * s * (1 - s) * GELU_SCALE * (1 + 3 * 0.044715f * x * x);
 }
 
@@ -437,8 +451,12 @@ struct Accumulate { // out += C
     }
 };
 
+static const char *product_name(bool trans_a, bool trans_b) {
+    return trans_a ? "matmul, weight's gradient" : trans_b ? "matmul, input's gradient" : "matmul";
+}
+
 #if HOPPER
-#include "dev/hopper.h" // matmul_kernel on the instructions of H100 and H200
+#include "dev/hopper.h" // matmul and attention on the instructions of H100 and H200
 #endif
 
 // Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
@@ -459,7 +477,7 @@ static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *
     auto matmul = matmul_kernel<TRANS_A, TRANS_B, Epilogue>;
     allow_shared(matmul, shared, "matmul");
     matmul<<<grid, THREADS, shared>>>(epilogue, a, lda, b, ldb, M, N, K, depth);
-    launched("matmul");
+    launched(product_name(TRANS_A, TRANS_B), M, N, K);
 }
 
 // Room for the parts of long sums, and how many tiles keep this GPU busy
@@ -524,53 +542,48 @@ matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int
     matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
-// What column_sums_kernel adds up: the elements of a matrix (M,N) with rows ld apart ...
-struct Elements {
-    const floatX *inp;
-    int ld;
-    __device__ float operator()(int i, int j) const { return (float)inp[(size_t)i * ld + j]; }
-};
-
-// ... or, for the gradient of LayerNorm's weight, dout xhat with xhat = (inp - mean) rstd
-struct NormalizedGradient {
-    const floatX *dout;
-    const float *inp, *mean, *rstd;
-    int ld;
-    __device__ float operator()(int i, int j) const {
-        size_t at = (size_t)i * ld + j;
-        return (float)dout[at] * (inp[at] - mean[i]) * rstd[i];
-    }
-};
-
-// parts (gridDim.y,N) = sums over the columns of element (M,N), each over a part of the M rows
-// Grid: (N / WARP, parts). Block: THREADS, 32 columns and 8 rows at a time.
-template <class Element>
-__global__ void column_sums_kernel(float *parts, Element element, int M, int N) {
-    __shared__ float sums[THREADS];
-    int column = blockIdx.x * WARP + threadIdx.x % WARP;
-    int each = (M + gridDim.y - 1) / gridDim.y; // rows of a part
+// epilogue(sums over the columns of inp (M,N)): row y of the result is the sum over part y of the M
+// rows. inp has rows ld apart.
+// Grid: (N / (WARP * W), parts). Block: THREADS, 32 times W columns and 8 rows at a time.
+template <int W, class T, class Epilogue>
+__global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int M, int N) {
+    __shared__ float sums[THREADS / WARP][WARP * W];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int column = (blockIdx.x * WARP + lane) * W, each = blocks(M, gridDim.y); // rows of a part
     int begin = blockIdx.y * each, end = min(M, begin + each);
-    float sum = 0;
-    for (int i = begin + threadIdx.x / WARP; i < end && column < N; i += THREADS / WARP)
-        sum += element(i, column);
-    sums[threadIdx.x] = sum;
+    float sum[W] = {};
+    for (int i = begin + warp; i < end && column < N; i += THREADS / WARP) {
+        float row[W];
+        load(row, inp + (size_t)i * ld + column);
+        for (int e = 0; e < W; e++) sum[e] += row[e];
+    }
+    for (int e = 0; e < W; e++) sums[warp][lane * W + e] = sum[e];
     __syncthreads();
 
     // The first warp adds up what the 8 warps have of each column.
-    if (threadIdx.x >= WARP || column >= N) return;
-    for (int i = WARP; i < THREADS; i += WARP) sum += sums[i + threadIdx.x];
-    parts[(size_t)blockIdx.y * N + column] = sum;
+    if (warp > 0 || column >= N) return;
+    for (int w = 1; w < THREADS / WARP; w++)
+        for (int e = 0; e < W; e++) sum[e] += sums[w][lane * W + e];
+    epilogue(blockIdx.y, column, sum);
 }
 
-// out (N) += the column sums of element (M,N)
-template <class Element>
-static void add_column_sums(float *out, Element element, int M, int N, Parts parts) {
-    parts.blocks *= 4; // these blocks are small: four times as many run at a time
-    int splits = choose_splits(parts, blocks(N, WARP), M, N);
-    dim3 grid(blocks(N, WARP), splits);
-    column_sums_kernel<Element><<<grid, THREADS>>>(parts.memory, element, M, N);
+template <class T, class Epilogue>
+static void column_sums(Epilogue epilogue, const T *inp, int ld, int M, int N, int splits) {
+    bool four = N % 4 == 0 && ld % 4 == 0 && (uintptr_t)inp % 16 == 0;
+    auto kernel = four ? column_sums_kernel<4, T, Epilogue> : column_sums_kernel<1, T, Epilogue>;
+    dim3 grid(blocks(N, four ? WARP * 4 : WARP), splits);
+    kernel<<<grid, THREADS>>>(epilogue, inp, ld, M, N);
     launched("column_sums");
-    sum_parts(Accumulate{out, N}, parts.memory, 1, N, N, splits);
+}
+
+// out (N) += the column sums of inp (M,N)
+template <class T>
+static void add_column_sums(float *out, const T *inp, int ld, int M, int N, Parts parts) {
+    parts.blocks *= 4; // these blocks are small: four times as many run at a time
+    int splits = choose_splits(parts, blocks(N, WARP * 4), M, N);
+    Store<float> to_parts = {parts.memory, N, NULL};
+    column_sums(to_parts, inp, ld, M, N, splits);
+    column_sums(Accumulate{out, N}, parts.memory, N, splits, N, 1);
 }
 
 // dinp = epilogue(dout weight),  dweight += dout^T inp,  dbias += column sums of dout
@@ -582,8 +595,7 @@ static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const f
     matmul<false, true>(dinp, dout, ldout, weight, C, M, C, OC, parts);
     Accumulate to_dweight = {dweight, C}; // few tiles and long sums, over the M rows
     matmul<true, true>(to_dweight, dout, ldout, inp, C, OC, C, M, parts);
-    Elements elements = {dout, ldout};
-    if (dbias) add_column_sums(dbias, elements, M, OC, parts);
+    if (dbias) add_column_sums(dbias, dout, ldout, M, OC, parts);
 }
 
 // ---- noise ----
@@ -648,15 +660,19 @@ static void encoder_forward(float *out, const int *x, const float *wte, const fl
     launched("encoder_forward");
 }
 
-// dwte[token] += dout at all positions of the token. Many positions add to one row of dwte, so one
-// block does all of them: the one at the token's first position. It looks for the others, 256
-// positions at a time, and adds them in order. MASK takes longest: half of all positions are MASK.
-// Grid: BT, a block for each position. Block: THREADS.
+// dwte[token] += dout at all positions of the token. Many positions add to one row of dwte, so the
+// blocks of the token's first position do all of them, each for 64 channels. A block looks for the
+// others, 256 positions at a time, and each of 4 groups of threads adds up a quarter of them.
+// Grid: (BT, C / 64). Block: THREADS.
 __global__ void wte_backward_kernel(float *dwte, const float *dout, const int *x, int BT, int C) {
+    enum { CHANNELS = 64, TOGETHER = THREADS / CHANNELS };
     __shared__ int found[THREADS];
     __shared__ int counts[THREADS / WARP];
+    __shared__ float sums[THREADS];
     int i = blockIdx.x, token = x[i];
     int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    int c = blockIdx.y * CHANNELS + thread % CHANNELS;
+    float sum = 0;
 
     // A block whose token is at an earlier position has nothing to do.
     for (int j = thread; j - thread < i; j += THREADS)
@@ -675,12 +691,14 @@ __global__ void wte_backward_kernel(float *dwte, const float *dout, const int *x
         if (same) found[before + __popc(votes & ((1u << lane) - 1))] = j; // after lower lanes' ones
         __syncthreads();
 
-        for (int c = thread; n > 0 && c < C; c += THREADS) { // now a thread has channels
-            float sum = dwte[(size_t)token * C + c];
-            for (int k = 0; k < n; k++) sum += dout[(size_t)found[k] * C + c];
-            dwte[(size_t)token * C + c] = sum;
-        }
+        for (int k = thread / CHANNELS; k < n && c < C; k += TOGETHER)
+            sum += dout[(size_t)found[k] * C + c];
     }
+    sums[thread] = sum;
+    __syncthreads(); // all groups have their sums
+    if (thread >= CHANNELS || c >= C) return;
+    for (int group = 1; group < TOGETHER; group++) sum += sums[group * CHANNELS + thread];
+    dwte[(size_t)token * C + c] += sum;
 }
 
 // dwpe += the sum of dout over sequences
@@ -696,7 +714,7 @@ __global__ void wpe_backward_kernel(float *dwpe, const float *dout, int B, size_
 static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int *x,
                              int B, int T, int C) {
     size_t TC = (size_t)T * C;
-    wte_backward_kernel<<<B * T, THREADS>>>(dwte, dout, x, B * T, C);
+    wte_backward_kernel<<<dim3(B * T, blocks(C, 64)), THREADS>>>(dwte, dout, x, B * T, C);
     launched("wte_backward");
     wpe_backward_kernel<<<blocks(TC, THREADS), THREADS>>>(dwpe, dout, B, TC);
     launched("wpe_backward");
@@ -733,64 +751,100 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, const float
 
 // With xhat = (inp - mean) rstd and g = dout weight:
 //   dinp += rstd (g - mean(g) - xhat mean(g xhat)),  dweight += sum(dout xhat),  dbias += sum(dout)
-// dinpx (M,C) is a copy of the sum for the next matrix product.
-// Grid: M / 8. Block: THREADS, a warp for each row.
-__global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, const floatX *dout,
-                                          const float *inp, const float *weight, const float *mean,
-                                          const float *rstd, int M, int C) {
-    int i = (int)(thread_index() / WARP), lane = threadIdx.x % WARP;
-    if (i >= M) return;
-    size_t row = (size_t)i * C;
-    float m = mean[i], s = rstd[i], g = 0, gx = 0;
-    for (int c = lane; c < C; c += WARP) {
-        float dy = (float)dout[row + c] * weight[c];
-        g += dy;
-        gx += dy * (inp[row + c] - m) * s;
-    }
-    g = warp_sum(g) / C;   // now mean(g)
-    gx = warp_sum(gx) / C; // now mean(g xhat)
+// dinpx (M,C) is a copy of the sum for the next matrix product. Each block has a part of the rows,
+// and leaves its part of dweight and dbias in parts (blocks,2,C). It takes 8 rows at a time: first
+// each warp sums one up, then each thread has columns of all.
+// Grid: any. Block: THREADS. Shared memory: (2,C) floats.
+__global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *parts,
+                                          const floatX *dout, const float *inp, const float *weight,
+                                          const float *mean, const float *rstd, int M, int C) {
+    extern __shared__ __align__(16) float sums[];
+    __shared__ float of_row[THREADS / WARP][4]; // mean, rstd, mean(g), mean(g xhat)
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, each = blocks(M, gridDim.x);
+    int begin = blockIdx.x * each, end = min(M, begin + each);
+    for (int c = threadIdx.x; c < 2 * C; c += THREADS) sums[c] = 0;
 
-    for (int c = lane; c < C; c += WARP) {
-        float dy = (float)dout[row + c] * weight[c];
-        float dx = dinp[row + c] + s * (dy - g - (inp[row + c] - m) * s * gx);
-        dinp[row + c] = dx;
-        dinpx[row + c] = (floatX)dx;
+    for (int i0 = begin; i0 < end; i0 += THREADS / WARP) {
+        int i = i0 + warp;
+        if (i < end) {
+            size_t row = (size_t)i * C;
+            float m = mean[i], s = rstd[i], g = 0, gx = 0;
+            for (int c = lane; c < C; c += WARP) {
+                float dy = (float)dout[row + c] * weight[c];
+                g += dy;
+                gx += dy * (inp[row + c] - m) * s;
+            }
+            float four[4] = {m, s, warp_sum(g) / C, warp_sum(gx) / C};
+            if (lane < 4) of_row[warp][lane] = four[lane];
+        }
+        __syncthreads(); // all rows are summed up
+
+        int rows = min(THREADS / WARP, end - i0);
+        for (int c = threadIdx.x; c < C; c += THREADS) { // the same thread each time
+            float dw = 0, db = 0;
+            for (int r = 0; r < rows; r++) {
+                const float *x = of_row[r];
+                size_t at = (size_t)(i0 + r) * C + c;
+                float dy = (float)dout[at], xhat = (inp[at] - x[0]) * x[1];
+                float dx = dinp[at] + x[1] * (dy * weight[c] - x[2] - xhat * x[3]);
+                dinp[at] = dx;
+                dinpx[at] = (floatX)dx;
+                dw += dy * xhat;
+                db += dy;
+            }
+            sums[c] += dw;
+            sums[C + c] += db;
+        }
+        __syncthreads(); // all are done with these rows
     }
+    for (int c = threadIdx.x; c < 2 * C; c += THREADS)
+        parts[(size_t)blockIdx.x * 2 * C + c] = sums[c];
 }
 
 static void layernorm_backward(float *dinp, floatX *dinpx, float *dweight, float *dbias,
                                const floatX *dout, const float *inp, const float *weight,
                                const float *mean, const float *rstd, int M, int C, Parts parts) {
-    int grid = blocks(M, THREADS / WARP);
-    layernorm_backward_kernel<<<grid, THREADS>>>(dinp, dinpx, dout, inp, weight, mean, rstd, M, C);
+    int most = (int)min((size_t)2 * parts.blocks, parts.size / (2 * C));
+    int grid = min(most, blocks(M, THREADS / WARP));
+    size_t shared = 2 * C * sizeof(float);
+    allow_shared(layernorm_backward_kernel, shared, "layernorm_backward");
+    layernorm_backward_kernel<<<grid, THREADS, shared>>>(dinp, dinpx, parts.memory, dout, inp,
+                                                         weight, mean, rstd, M, C);
     launched("layernorm_backward");
-    NormalizedGradient dout_xhat = {dout, inp, mean, rstd, C};
-    Elements elements = {dout, C};
-    add_column_sums(dweight, dout_xhat, M, C, parts);
-    add_column_sums(dbias, elements, M, C, parts);
+    column_sums(Accumulate{dweight, C}, parts.memory, 2 * C, grid, C, 1);
+    column_sums(Accumulate{dbias, C}, parts.memory + C, 2 * C, grid, C, 1);
 }
 
 // ---- rotary positions ----
 
 // Turns q and k in place by sign times the angle of the position.
-// Grid: BTC / THREADS. Block: THREADS, a thread for each pair of channels of q and k.
+// Grid: BTC / N / THREADS. Block: THREADS, a thread for N neighbouring pairs of channels.
+template <int N>
 __global__ void rope_kernel(floatX *qkv, const float *cosine, const float *sine, float sign,
                             int BT, int T, int C, int NH) {
-    int half = C / NH / 2, per_row = 2 * NH * half; // the heads of q, then those of k
-    size_t n = thread_index();
-    if (n >= (size_t)BT * per_row) return;
-    int i = (int)(n / per_row), h = (int)(n % per_row) / half, j = (int)(n % half);
-    int at = i % T * half + j;
-    floatX *x = qkv + (size_t)i * 3 * C + h * 2 * half + j;
-    float x0 = (float)x[0], x1 = (float)x[half], c = cosine[at], s = sign * sine[at];
-    x[0] = (floatX)(x0 * c - x1 * s);
-    x[half] = (floatX)(x1 * c + x0 * s);
+    unsigned n = (unsigned)thread_index(), per_row = C / N, i = n / per_row; // i: position
+    if (i >= (unsigned)BT) return;
+    unsigned half = C / NH / 2, pair = n % per_row * N, h = pair / half, j = pair % half;
+    floatX *x = qkv + (size_t)i * 3 * C + h * 2 * half + j; // h counts the heads of q, then of k
+    float x0[N], x1[N], c[N], s[N], y0[N], y1[N];
+    load(x0, x);
+    load(x1, x + half);
+    load(c, cosine + i % T * half + j);
+    load(s, sine + i % T * half + j);
+    for (int e = 0; e < N; e++) {
+        y0[e] = x0[e] * c[e] - x1[e] * sign * s[e];
+        y1[e] = x1[e] * c[e] + x0[e] * sign * s[e];
+    }
+    store(x, y0);
+    store(x + half, y1);
 }
 
 static void rope(floatX *qkv, const float *cosine, const float *sine, float sign,
                  int B, int T, int C, int NH) {
-    int grid = blocks((size_t)B * T * C, THREADS); // C = NH * D/2 pairs of q, and as many of k
-    rope_kernel<<<grid, THREADS>>>(qkv, cosine, sine, sign, B * T, T, C, NH);
+    int n = C / NH / 2 % 4 == 0 ? 4 : 1; // C = NH * D/2 pairs of q, and as many of k: C pairs
+    auto kernel = n == 4 ? rope_kernel<4> : rope_kernel<1>;
+    kernel<<<blocks((size_t)B * T * C / n, THREADS), THREADS>>>(qkv, cosine, sine, sign, B * T, T,
+                                                                C, NH);
     launched("rope");
 }
 
@@ -1186,7 +1240,8 @@ static void gather_backward(float *dinp, floatX *dinpx, const float *dout, const
 // ---- softmax and cross entropy ----
 
 // losses (R) = -log p[target], and dlogits (R,V) = weight (p - 1 at the target), for the loss
-// sum(weights * losses). Rows of logits and dlogits are ld apart; dlogits may be logits, or NULL.
+// sum(weights * losses). Rows of logits and dlogits are ld apart, a multiple of 4, and the numbers
+// after the V of a row may change; dlogits may be logits, or NULL.
 // targets and weights (BT) are looked up at positions (R).
 // Grid: R, a block for each row of logits. Block: THREADS, or 1024 for long rows.
 __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float *logits,
@@ -1194,9 +1249,15 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
                                     int V, int ld) {
     const float *x = logits + (size_t)blockIdx.x * ld;
     float largest = -INFINITY, sum = 0;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) { // online, as in attention: one sweep
-        float m = fmaxf(largest, x[v]);
-        sum = sum * expf(largest - m) + expf(x[v] - m);
+    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) { // online, as in attention
+        float y[4], m = largest;
+        load(y, x + v);
+        for (int e = 0; e < 4; e++) {
+            if (v + e >= V) y[e] = -INFINITY;
+            m = fmaxf(m, y[e]);
+        }
+        sum *= expf(largest - m);
+        for (int e = 0; e < 4; e++) sum += expf(y[e] - m);
         largest = m;
     }
     float m = block_reduce(largest, MAXIMUM);         // of the whole row
@@ -1208,8 +1269,13 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
     __syncthreads(); // dlogits may be logits: thread 0 has read the target's
     float weight = weights[positions[blockIdx.x]], scale = weight / sum;
     floatX *d = dlogits + (size_t)blockIdx.x * ld;
-    for (int v = threadIdx.x; v < V; v += blockDim.x)
-        d[v] = (floatX)(expf(x[v] - m) * scale - (v == target ? weight : 0));
+    for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
+        float y[4];
+        load(y, x + v);
+        for (int e = 0; e < 4; e++)
+            y[e] = expf(y[e] - m) * scale - (v + e == target ? weight : 0);
+        store(d + v, y);
+    }
 }
 
 static void crossentropy(float *losses, floatX *dlogits, const float *logits, const float *weights,

@@ -176,7 +176,7 @@ static void multiply_hopper(Epilogue epilogue, const floatX *a, int lda, const f
     auto matmul = matmul_hopper_kernel<COLS, TRANS_A, TRANS_B, Epilogue>;
     allow_shared(matmul, shared, "matmul");
     matmul<<<grid, HOPPER_THREADS, shared>>>(epilogue, a_map, b_map, M, N, K, depth);
-    launched("matmul");
+    launched(product_name(TRANS_A, TRANS_B), M, N, K);
 }
 
 // TMA wants rows that begin at multiples of 16 bytes, and epilogues get four neighbours.

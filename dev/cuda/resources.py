@@ -2,14 +2,15 @@
 What loopmdm.cu's kernels need of a GPU, as the compiler says it, and how many of their threads an
 SM can hold.
 
-    python3 dev/cuda/resources.py           compiles loopmdm.cu for every architecture and both
-                                            precisions: takes minutes
+    python3 dev/cuda/resources.py           compiles loopmdm.cu for A100 and H100, and in fp32 for
+                                            A100: takes minutes
     python3 dev/cuda/resources.py LOG...    or reads what nvcc -Xptxas -v said, each LOG from one
                                             build; - is standard input
 
 Prints Markdown: a table for each build and architecture. Registers, static shared memory and spills
-are the compiler's. Threads and dynamic shared memory follow from the constants of loopmdm.cu, which
-are repeated below. Blocks per SM and occupancy are computed. Nothing is measured.
+are the compiler's. Threads and dynamic shared memory follow from the constants of loopmdm.cu and
+dev/hopper.h, which are repeated below. Blocks per SM and occupancy are computed, and a layer's width
+is that of d12. Nothing is measured.
 """
 import argparse
 import os
@@ -18,12 +19,12 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KiB of an SM
-# Of an SM, in all three. Registers lie in 4 parts, one for every fourth warp.
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_90a": 228, "sm_100": 228}  # KiB of an SM
+# Of an SM, in all of them. Registers lie in 4 parts, one for every fourth warp.
 REGISTERS, MAX_THREADS, MAX_BLOCKS = 65536, 2048, 32
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
-# Lines of loopmdm.cu that the formulas below repeat. When one of them changes, the script says so
+# Lines of loopmdm.cu and dev/hopper.h that the formulas below repeat. When one of them changes, the script says so
 # and does not print what is no longer true.
 SAYS = """
 enum { WARP = 32, THREADS = 256 };
@@ -37,11 +38,21 @@ size_t shared = (ATTN_ROWS + 2 * KEYS) * (D + PAD) * sizeof(floatX);
 size_t kv_shared = (2 * ATTN_ROWS + 4 * queries_at_a_time(D)) * row;
 size_t q_shared = (2 * ATTN_ROWS + 4 * keys_at_a_time(D)) * row;
 sequence_loss_kernel<<<m->B, WARP>>>
+size_t shared = 2 * C * sizeof(float);
+enum { GROUP = 4 * WARP, GROUPS = 2, HOPPER_THREADS = (GROUPS + 1) * GROUP };
+static constexpr int stages = COLS > 128 ? 4 : 3;
+static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE;
+static constexpr int stage_size = ROWS * SLICE + b_size;
+static constexpr int tile = (D + SLICE - 1) / SLICE * SLICE * SLICE;
+static constexpr int stages = 4;
+size_t shared = (2 * H::stages + GROUPS) * H::tile * sizeof(floatX);
+size_t shared = 2 * (H::stages + GROUPS) * H::tile * sizeof(floatX);
 """
 WARP, THREADS, TILE, DEPTH, ATTN_ROWS, ATTN_THREADS, KEYS = 32, 256, 128, 32, 64, 128, 64
-SIMPLE = """adamw add_parts attention_delta column_sums crossentropy encoder_forward gather_backward
-    gather_forward layernorm_backward layernorm_forward masked_positions noise rope round sample
-    squares state_change wpe_backward wte_backward""".split()
+HOPPER_THREADS, SLICE, WIDTH = 384, 64, 768
+SIMPLE = """adamw attention_delta column_sums crossentropy encoder_forward gather_backward
+    gather_forward layernorm_forward masked_positions noise rope round sample squares state_change
+    sum_parts wpe_backward wte_backward""".split()
 
 
 def launch(kernel, bf16):
@@ -51,6 +62,16 @@ def launch(kernel, bf16):
     pad = 16 // size
     if name == "matmul":
         return THREADS, stages * 2 * TILE * (DEPTH + pad) * size
+    if name == "matmul_hopper":
+        columns = int(re.match(r"\d+", arguments)[0])
+        stage = 128 * SLICE + -(-columns // SLICE) * SLICE * SLICE
+        return HOPPER_THREADS, (4 if columns > 128 else 3) * stage * size
+    if name in ("attention_forward_hopper", "attention_backward_hopper"):
+        D = int(re.match(r"\d+", arguments)[0])
+        tiles = 4 * 2 + 2 if name == "attention_forward_hopper" else 2 * (4 + 2)
+        return HOPPER_THREADS, tiles * -(-D // SLICE) * SLICE * SLICE * size
+    if name == "layernorm_backward":
+        return THREADS, 2 * WIDTH * 4
     if name.startswith("attention_") and arguments:
         D = int(re.match(r"\d+", arguments)[0])
         rows = ATTN_ROWS + 2 * KEYS
@@ -108,12 +129,13 @@ def read_log(text):
 
 def print_tables(text, everything):
     kernels, bf16 = read_log(text)
-    for arch in sorted(kernels, key=lambda a: int(a[3:])):
+    for arch in sorted(kernels, key=lambda a: int(a[3:].rstrip("a"))):
         print(f"\n{'bf16' if bf16 else 'fp32'}, {arch}:\n")
         print("| kernel | threads | registers | shared memory, static + dynamic | spills "
               "| blocks per SM | occupancy | limit |\n|---|---:|---:|---:|---:|---:|---:|---|")
         others = []  # small kernels without a problem share a line
         by_name = sorted(kernels[arch], key=lambda k: re.sub(r"\d+", lambda n: n[0].zfill(3), k[0]))
+        lines = {}  # kernels that differ in their last arguments only share one too
         for name, registers, static, spilled in by_name:
             threads, dynamic = launch(name, bf16)
             blocks, limit = blocks_per_sm(arch, threads, registers, static + dynamic)
@@ -121,18 +143,26 @@ def print_tables(text, everything):
             if not everything and not spilled and not dynamic and occupancy >= 75:
                 others.append((registers, occupancy))
                 continue
-            print(f"| {name} | {threads} | {registers} | {static} + {dynamic} | {spilled} "
+            if not everything:
+                name = re.match(r"\w+(<\d+)?", name)[0]
+                name += ">" if "<" in name else ""
+            line = name, threads, f"{static} + {dynamic}", spilled, blocks, occupancy
+            lines.setdefault(line, []).append((registers, limit))
+        for (name, threads, shared, spilled, blocks, occupancy), found in lines.items():
+            least, (most, limit) = min(found)[0], max(found)
+            registers = most if least == most else f"{least} to {most}"
+            print(f"| {name} | {threads} | {registers} | {shared} | {spilled} "
                   f"| {blocks} | {occupancy} % | {limit} |")
         if others:
             print(f"| {len(others)} others | | at most {max(o[0] for o in others)} | | 0 | "
                   f"| at least {min(o[1] for o in others)} % | |")
 
 
-def compile_log(nvcc, archs, bf16):
+def compile_log(nvcc, arch, bf16):
     command = [nvcc, "-O3", "-std=c++17", "-x", "cu", "-I.", f"-DBF16={bf16}",
-               '-DBACKEND="loopmdm.cu"', "-Xptxas", "-v", "-c", "dev/tools.c", "-o", os.devnull]
-    for arch in archs:
-        command += ["-gencode", f"arch=compute_{arch[3:]},code={arch}"]
+               f"-DHOPPER={int(arch == 'sm_90a')}", '-DBACKEND="loopmdm.cu"', "-Xptxas", "-v",
+               "-gencode", f"arch=compute_{arch[3:]},code={arch}", "-c", "dev/tools.c", "-o",
+               os.devnull]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"resources.py: {' '.join(command)} failed:\n{done.stderr}")
@@ -144,21 +174,22 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="*", metavar="LOG",
                         help="what nvcc -Xptxas -v said; - is standard input")
-    parser.add_argument("--arch", nargs="+", choices=SHARED, default=list(SHARED),
-                        help="what to compile for")
+    parser.add_argument("--arch", choices=SHARED, help="compile for this one, in bf16")
     parser.add_argument("--nvcc", default="nvcc", help="the compiler")
     parser.add_argument("--all", action="store_true", help="the small kernels too, each in a line")
     args = parser.parse_args()
 
-    with open(os.path.join(ROOT, "loopmdm.cu")) as f:
-        source = f.read()
+    source = ""
+    for name in "loopmdm.cu", "dev/hopper.h":
+        with open(os.path.join(ROOT, name)) as f:
+            source += f.read()
     for line in SAYS.strip().splitlines():
         if line.strip() not in source:
-            sys.exit(f"resources.py: loopmdm.cu no longer says '{line.strip()}': change what "
-                     "follows from it here")
-    if not args.logs:
-        for bf16 in 1, 0:
-            print_tables(compile_log(args.nvcc, args.arch, bf16), args.all)
+            sys.exit(f"resources.py: the code no longer says '{line.strip()}': change what follows "
+                     "from it here")
+    builds = [(args.arch, 1)] if args.arch else [("sm_80", 1), ("sm_90a", 1), ("sm_80", 0)]
+    for arch, bf16 in builds if not args.logs else []:
+        print_tables(compile_log(args.nvcc, arch, bf16), args.all)
     for log in args.logs:
         with sys.stdin if log == "-" else open(log) as f:
             print_tables(f.read(), args.all)

@@ -250,7 +250,7 @@ start sanitized_bf16 sanitized bf16 1
 start emulation bash dev/cuda_on_cpu/test_cuda_on_cpu.sh
 start beside_the_cpu_program beside_the_cpu_program
 start errors errors
-for study in matmul attention head; do
-    start "study_$study" "build/study_${study}_on_cpu"
-done
+start study_matmul env CUDA_ON_CPU_CAPABILITY=90 build/study_matmul_on_cpu
+start study_attention build/study_attention_on_cpu
+start study_head build/study_head_on_cpu
 [ "${BASH_SOURCE[0]}" != "$0" ] || finish

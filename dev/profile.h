@@ -1,0 +1,75 @@
+/*
+A table of kernels and their times, printed when the program ends. For that, build loopmdm.cu with
+-DPROFILE=1 (make build/loopmdm_cuda_profile): it then includes this file.
+
+A kernel's time goes from the end of the kernel before it to its own end, so it has the time in
+which the GPU waited for the launch. The first launch of each is not counted: it loads the kernel.
+*/
+#pragma once
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct KernelTime { long launches; double ms, flops; };
+
+static std::map<std::string, KernelTime> kernel_times;
+static std::set<std::string> loaded_kernels;
+static std::vector<std::pair<cudaEvent_t, KernelTime *>> timed_launches; // not yet added up
+static cudaEvent_t last_event;
+
+// Waits for the GPU, and adds up.
+static void add_times() {
+    for (auto &launch : timed_launches) {
+        float ms;
+        cuda_check(cudaEventSynchronize(launch.first), "profile");
+        cuda_check(cudaEventElapsedTime(&ms, last_event, launch.first), "profile");
+        cuda_check(cudaEventDestroy(last_event), "profile");
+        last_event = launch.first;
+        if (!launch.second) continue; // it loaded the kernel
+        launch.second->launches++;
+        launch.second->ms += ms;
+    }
+    timed_launches.clear();
+}
+
+static void print_times() {
+    add_times();
+    double sum = 0;
+    std::vector<std::pair<std::string, KernelTime>> sorted(kernel_times.begin(),
+                                                           kernel_times.end());
+    auto slower = [](const auto &a, const auto &b) { return a.second.ms > b.second.ms; };
+    std::sort(sorted.begin(), sorted.end(), slower);
+    for (auto &k : sorted) sum += k.second.ms;
+    printf("\n%-44s launches        ms   share  us each  TFLOP/s\n", "");
+    for (auto &k : sorted) {
+        KernelTime t = k.second;
+        double each = t.ms / t.launches;
+        printf("%-44s %8ld %9.2f %5.1f %% %8.1f", k.first.c_str(), t.launches, t.ms,
+               100 * t.ms / sum, 1e3 * each);
+        if (t.flops > 0) printf(" %8.1f", t.flops / each * 1e-9);
+        printf("\n");
+    }
+}
+
+// To be called after each launch. A matrix product has its shape.
+static void launched(const char *what, int M = 0, int N = 0, int K = 0) {
+    cuda_check(cudaGetLastError(), what);
+    if (!last_event) {
+        cuda_check(cudaEventCreate(&last_event), "profile");
+        cuda_check(cudaEventRecord(last_event), "profile");
+        atexit(print_times); // before the end of CUDA itself, which has begun earlier
+    }
+    char name[80];
+    if (M) snprintf(name, sizeof name, "%s (%d,%d)(%d,%d)", what, M, K, K, N);
+    else snprintf(name, sizeof name, "%s", what);
+    KernelTime *time = loaded_kernels.insert(what).second ? NULL : &kernel_times[name];
+    if (time) time->flops = 2.0 * M * N * K;
+    cudaEvent_t event;
+    cuda_check(cudaEventCreate(&event), "profile");
+    cuda_check(cudaEventRecord(event), "profile");
+    timed_launches.push_back({event, time});
+    if (timed_launches.size() == 4096) add_times();
+}
