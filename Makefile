@@ -15,7 +15,7 @@
 # make studies_cuda         the same, checked and timed on a GPU
 #
 # OPENMP= builds for one thread. ARCH= builds for any CPU of this kind, not just this one.
-# GPU=sm_90 builds for another GPU than the one that is here.
+# GPU=sm_80 builds for another GPU than the one that is here, GPU=sm_90a for an H100 or H200.
 
 CC ?= cc
 CXX ?= g++
@@ -44,7 +44,8 @@ GPU := $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv
 	2>/dev/null)),sm_90a,native)
 PRECISION_fp32 = -DBF16=0
 PRECISION_bf16 = -DBF16=1 -DHOPPER=$(if $(filter sm_90a,$(GPU)),1,0)
-NVCCFLAGS = -O3 -std=c++17 -I. -arch=$(GPU) --Werror all-warnings \
+ARCH_sm_90a = -gencode=arch=compute_90a,code=sm_90a
+NVCCFLAGS = -O3 -std=c++17 -I. $(or $(ARCH_$(GPU)),-arch=$(GPU)) --Werror all-warnings \
 	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
 
 # A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. That can cost nearly

@@ -25,8 +25,9 @@ on the same model of GPU. (Long sums are split into parts. How many depends on i
 Build with make loopmdm_cuda, or with
     nvcc -O3 -std=c++17 -arch=native -x cu -I. -DBF16=1 -DBACKEND='"loopmdm.cu"' \
         dev/tools.c -o loopmdm_cuda
-and on an H100 or H200 with -arch=sm_90a -DHOPPER=1. BF16=0 is fp32. Without a GPU, make
-loopmdm_cuda_on_cpu runs the same kernels on the CPU: see dev/cuda_on_cpu/cuda_on_cpu.h.
+and for an H100 or H200 with -gencode=arch=compute_90a,code=sm_90a -DHOPPER=1 in the place of
+-arch=native. BF16=0 is fp32. Without a GPU, make loopmdm_cuda_on_cpu runs the same kernels on the
+CPU: see dev/cuda_on_cpu/cuda_on_cpu.h.
 */
 #ifndef BF16
 #define BF16 0
@@ -569,7 +570,7 @@ __global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int 
 
 template <class T, class Epilogue>
 static void column_sums(Epilogue epilogue, const T *inp, int ld, int M, int N, int splits) {
-    bool four = N % 4 == 0 && ld % 4 == 0 && (uintptr_t)inp % 16 == 0;
+    bool four = (N | ld) % 4 == 0 && ((uintptr_t)inp | (uintptr_t)epilogue.out) % 16 == 0;
     auto kernel = four ? column_sums_kernel<4, T, Epilogue> : column_sums_kernel<1, T, Epilogue>;
     dim3 grid(blocks(N, four ? WARP * 4 : WARP), splits);
     kernel<<<grid, THREADS>>>(epilogue, inp, ld, M, N);

@@ -60,6 +60,18 @@ __device__ static inline void exchange(float x[4], const float left[2], const fl
     }
 }
 
+// By all threads: for each place of the ring a barrier that counts loads, and one that counts the
+// warps that have multiplied. Attention has one more, for what is loaded once.
+template <int N, int STAGES> __device__ static inline
+void make_barriers(uint64_t (&full)[N], uint64_t (&empty)[STAGES]) {
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < N; s++) mbarrier_init(&full[s], 1);
+        for (int s = 0; s < STAGES; s++) mbarrier_init(&empty[s], GROUPS * GROUP / WARP);
+        mbarrier_init_done();
+    }
+    __syncthreads(); // the barriers are there
+}
+
 // Grid: as many blocks as run at the same time. Block: HOPPER_THREADS.
 template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
 __global__ void __launch_bounds__(HOPPER_THREADS, Hopper<COLS>::blocks)
@@ -73,14 +85,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
     int tall = blocks(M, ROWS), wide = blocks(N, COLS), tiles = tall * wide * blocks(K, depth);
     int step = 0; // counts through all tiles of the block
 
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < H::stages; s++) {
-            mbarrier_init(&full[s], 1);
-            mbarrier_init(&empty[s], GROUPS * GROUP / WARP); // warps that multiply
-        }
-        mbarrier_init_done();
-    }
-    __syncthreads(); // the barriers are there
+    make_barriers(full, empty);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
@@ -238,31 +243,22 @@ attention_forward_hopper_kernel(floatX *out, float *lse, const __grid_constant__
                                 float scale, int T, int C, int NH) {
     typedef HopperAttention<D> H;
     extern __shared__ __align__(1024) floatX ring[]; // (stages, k and v), then q of each group
-    __shared__ uint64_t full[H::stages];
+    __shared__ uint64_t full[H::stages + 1]; // the last: the block's own tiles
     __shared__ uint64_t empty[H::stages];
-    __shared__ uint64_t queries;
     int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int bh = blockIdx.x / blocks(T, ROWS), t0 = blockIdx.x % blocks(T, ROWS) * ROWS;
     int b = bh / NH, column = bh % NH * D, row = b * T;
     floatX *qt = ring + H::stages * 2 * H::tile;
 
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < H::stages; s++) {
-            mbarrier_init(&full[s], 1);
-            mbarrier_init(&empty[s], GROUPS * GROUP / WARP);
-        }
-        mbarrier_init(&queries, 1);
-        mbarrier_init_done();
-    }
-    __syncthreads(); // the barriers are there
+    make_barriers(full, empty);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
         if (threadIdx.x % GROUP) return;
         const int bytes = 2 * H::tile * (int)sizeof(floatX);
-        mbarrier_expect(&queries, bytes);
+        mbarrier_expect(&full[H::stages], bytes);
         for (int g = 0; g < GROUPS; g++)
-            load_head<D>(qt + g * H::tile, &qkv, column, row + t0 + g * SLICE, &queries);
+            load_head<D>(qt + g * H::tile, &qkv, column, row + t0 + g * SLICE, &full[H::stages]);
         for (int j = 0, step = 0; j < T; j += SLICE, step++) {
             int s = step % H::stages;
             floatX *kt = ring + s * 2 * H::tile;
@@ -277,7 +273,7 @@ attention_forward_hopper_kernel(floatX *out, float *lse, const __grid_constant__
     more_registers<multiplies_with(H::blocks)>();
     float scale2 = scale * 1.44269504f; // log2(e)
     float y[D / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    mbarrier_wait(&queries, 0);
+    mbarrier_wait(&full[H::stages], 0);
 #pragma unroll 1
     for (int j0 = 0, step = 0; j0 < T; j0 += SLICE, step++) {
         int s = step % H::stages;
@@ -345,23 +341,14 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
                                  float scale, int T, int C, int NH) {
     typedef HopperAttention<D> H;
     extern __shared__ __align__(1024) floatX ring[]; // (stages, two tiles), then each group's own
-    __shared__ uint64_t full[H::stages];
+    __shared__ uint64_t full[H::stages + 1]; // the last: the block's own tiles
     __shared__ uint64_t empty[H::stages];
-    __shared__ uint64_t own;
     int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int bh = blockIdx.x / blocks(T, ROWS), t0 = blockIdx.x % blocks(T, ROWS) * ROWS;
     int b = bh / NH, column = bh % NH * D, row = b * T;
     floatX *own_tiles = ring + H::stages * 2 * H::tile; // (groups, k and v or q and dout)
 
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < H::stages; s++) {
-            mbarrier_init(&full[s], 1);
-            mbarrier_init(&empty[s], GROUPS * GROUP / WARP);
-        }
-        mbarrier_init(&own, 1);
-        mbarrier_init_done();
-    }
-    __syncthreads(); // the barriers are there
+    make_barriers(full, empty);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
@@ -375,11 +362,11 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
             load_head<D>(to, &qkv, column, row + t, barrier);
             load_head<D>(to + H::tile, &dout, column, row + t, barrier);
         };
-        mbarrier_expect(&own, GROUPS * bytes);
+        mbarrier_expect(&full[H::stages], GROUPS * bytes);
         for (int g = 0; g < GROUPS; g++) {
             floatX *to = own_tiles + g * 2 * H::tile;
-            if (OF_KEYS) load_keys(to, t0 + g * SLICE, &own);
-            else load_queries(to, t0 + g * SLICE, &own);
+            if (OF_KEYS) load_keys(to, t0 + g * SLICE, &full[H::stages]);
+            else load_queries(to, t0 + g * SLICE, &full[H::stages]);
         }
         for (int t = 0, step = 0; t < T; t += SLICE, step++) {
             int s = step % H::stages;
@@ -402,7 +389,7 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
         int t = min(t_warp + lane / 4 + half * 8, T - 1); // what is beyond T is not stored
         load(rows[half], lse_delta + 2 * t);
     }
-    mbarrier_wait(&own, 0);
+    mbarrier_wait(&full[H::stages], 0);
 #pragma unroll 1
     for (int u0 = 0, step = 0; u0 < T; u0 += SLICE, step++) {
         int s = step % H::stages;

@@ -15,6 +15,7 @@ name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1
 : "${COMMIT:=$(git rev-parse --short HEAD 2>/dev/null)}"
 export PYTHON
 large=build/test/large
+fast=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d) # checkpoints of d12 have gigabytes
 result=$OUT/gpu_$(echo "$name" | tr -c 'A-Za-z0-9\n' '_')
 logs=build/test/gpu_logs
 rm -rf $logs $large
@@ -57,6 +58,7 @@ digests() {
 
 layers() { build/test_cuda_fp32 --layers && build/test_cuda_bf16 --layers; }
 
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$fast"' EXIT
 export -f digests layers
 export logs
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
@@ -67,7 +69,6 @@ if $PYTHON -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     # A driver without a client is loaded anew by each program, which takes seconds.
     $PYTHON -c 'import time, torch; torch.zeros(1, device="cuda"); time.sleep(3600)' &
     $PYTHON dev/reference/dump.py --large --out $large >$logs/dump.log 2>&1 &
-    trap 'kill $(jobs -p) 2>/dev/null' EXIT
     dump=$!
 else
     torch=0
@@ -75,15 +76,23 @@ else
 fi
 
 step 150 build 'error|warning' make -j"$(nproc)" WARNINGS= loopmdm \
-    build/{loopmdm,test}_cuda_{fp32,bf16} build/study_{matmul,attention,head}_cuda \
+    build/{loopmdm,test}_cuda_{fp32,bf16} build/loopmdm_cuda_profile \
+    build/study_{matmul,attention,head}_cuda \
     build/stories_{train,val}.bin
 step 30 layers 'passed|FAIL' bash -c layers
 step 30 digests digest bash -c digests
+step 60 profile '^(matmul|[a-z_]+ )|launches|step' env CUDA_MODULE_LOADING=EAGER \
+    build/loopmdm_cuda_profile train --data build/stories_train.bin --vocab 50257 --model d12 \
+    --batch 16 --max-loops 1 --steps 6 --out $fast/profile
 if [ $torch = 1 ]; then
     step 60 d6 '^(train|d6)' $PYTHON dev/bench/bench.py --device cuda
     step 90 d12 '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
         --vocab 50257 --batch 16 --steps 10 --turns 2
-    step 60 nano '^(train|nano)' $PYTHON dev/bench/bench.py --device cuda --model nano
+    step 90 d12_padded '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
+        --vocab 50304 --batch 16 --steps 10 --turns 2
+    for model in nano d2; do
+        step 60 $model '^(train|nano|d2)' $PYTHON dev/bench/bench.py --device cuda --model $model
+    done
     wait $dump && export LARGE=$large # for the tests
 fi
 step 150 tests 'passed|FAIL' bash dev/test/test_cuda.sh cuda

@@ -432,6 +432,7 @@ struct Load {
     CUtensorMap map;
     int column, row;
     uint64_t *mbarrier;
+    int line; // of the request
 };
 inline thread_local std::vector<Load> loads; // of the block that runs
 void finish_load(size_t which);
@@ -575,7 +576,9 @@ inline void unpark() {
         if (load && loads.empty())
             die(core->warps[core->parked[0]].line,
                 "a deadlock: all wait, and nothing is on its way to this mbarrier");
-        if (load) finish_load(settings.random ? random_below(loads.size(), &core->random) : 0);
+        size_t last = loads.size() - 1;
+        if (load) finish_load(settings.random ? random_below(last + 1, &core->random)
+                                              : settings.descending ? last : 0);
         for (int i = core->num_parked - 1; i >= 0; i--) {
             if (!phase_ended(core->warps[core->parked[i]])) continue;
             core->ready[core->num_ready++] = core->parked[i];
@@ -980,6 +983,7 @@ inline void finish_load(size_t which) {
         }
     Mbarrier *m = (Mbarrier *)l.mbarrier;
     m->missing_bytes -= l.map.box_rows * 128;
+    if (m->missing_bytes < 0) die(l.line, "more bytes arrive at an mbarrier than it expects");
     end_phase_if_complete(m);
 }
 
@@ -1101,7 +1105,7 @@ inline void tma_load(void *to, const CUtensorMap *map, int column, int row, uint
                      LINE) {
     if (shared_address(to) % 1024) die(line, "tma_load: the target is no multiple of 1024");
     memset(to, 0xFF, map->box_rows * 128);
-    loads.push_back({(char *)to, *map, column, row, barrier});
+    loads.push_back({(char *)to, *map, column, row, barrier, line});
 }
 
 template <int N> void more_registers() {}

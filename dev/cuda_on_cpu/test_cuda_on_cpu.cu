@@ -745,6 +745,8 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 13) mbarrier_wait(&barrier, 0);
     if (which == 14 && t == 0) tma_load(dynamic + 4, &map, 0, 0, &barrier);
     if (which == 15 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
+    if (which == 39 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
+    if (which == 39) mbarrier_wait(&barrier, 0);
     if (which == 16 && t == 0) { mbarrier_expect(&barrier, 16); mbarrier_arrive(&barrier); }
     if (which == 17) wgmma<false, false>(sums, t, 0, 0);
     if (which == 18) wgmma<false, false>(sums, 0, 0, 0);
@@ -799,7 +801,7 @@ int main(int argc, char **argv) {
     cudaError_t e = cudaGetDeviceCount(&count);
     if (!e) e = cudaMalloc(&p, sizeof host);
     if (!e) e = cudaMalloc(&out, sizeof host);
-    if (which < 20) mistake<<<2, 64, sizeof host>>>(p, which, out);
+    if (which < 20 || which == 39) mistake<<<2, 64, sizeof host>>>(p, which, out);
     if (which == 20) mistake<<<1, 64, sizeof host>>>(p, which, host);
     if (which == 21) cudaMemcpy(host, host, 4, cudaMemcpyHostToDevice);
     if (which == 22) cudaMemcpy(p + 1, host, sizeof host, cudaMemcpyHostToDevice);

@@ -123,6 +123,7 @@ says 1 "kernel mistake: a block ended before its tma_load" $dir/test 15
 says 1 "$(where 0 'which == 16') more threads arrive at an mbarrier than it expects" $dir/test 16
 says 1 "$(where '[0-9]+' 'which == 17') wgmma: lanes have different descriptors" $dir/test 17
 says 1 "kernel mistake: a warp ended before its wgmma" $dir/test 18
+says 1 "$(where '[0-9]+' 'which == 39 &&') more bytes arrive at an mbarrier" $dir/test 39
 says 1 "kernel mistake: argument 3, 0x.*, is not device memory" $dir/test 20
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 21
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 22

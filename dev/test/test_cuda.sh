@@ -95,18 +95,24 @@ barriers() {
     check "every barrier and wait in loopmdm.cu and dev/hopper.h was met" $?
     while read -r line; do
         changed=1
-        for run in "ascending bf16" "descending bf16" "descending fp32" "ascending hopper" \
-            "descending hopper"; do
+        for run in "ascending bf16" "descending bf16" "descending fp32"; do
             read -r order kind <<<"$run"
             [ $changed -eq 0 ] && break
             same_digest "$kind" CUDA_ON_CPU_ORDER=$order CUDA_ON_CPU_SKIP=$line || changed=0
         done
         check "results change without the wait in $line, in $(kernels_of "$line")" $changed
-    done < <(cut -d' ' -f1 "$list" | sort -u)
+    done < <(grep '^loopmdm.cu' "$list" | cut -d' ' -f1 | sort -u)
     # The checks of layers notice it too, in matmul and in attention
-    for line in $(grep -E ' (matmul|attention|kv|q)$' "$list" | cut -d' ' -f1 | sort -u); do
-        ! layers_pass CUDA_ON_CPU_SKIP=$line || ! layers_pass CUDA_ON_CPU_CAPABILITY=90 \
-            CUDA_ON_CPU_ORDER=descending CUDA_ON_CPU_SKIP=$line
+    for line in $(grep -E '^loopmdm.cu.* (matmul|attention|kv|q)$' "$list" | cut -d' ' -f1 |
+        sort -u); do
+        ! layers_pass CUDA_ON_CPU_SKIP=$line
+        check "the checks of layers fail without the wait in $line" $?
+    done
+    # They have longer sequences than the digest: enough to go round the rings of dev/hopper.h
+    for line in $(grep '^dev/hopper.h' "$list" | cut -d' ' -f1 | sort -u); do
+        ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line ||
+            ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line \
+                CUDA_ON_CPU_ORDER=descending
         check "the checks of layers fail without the wait in $line" $?
     done
     counted
@@ -150,9 +156,8 @@ sanitized() { # PRECISION, BF16
     "$test" --digest >/dev/null
     check "$1: training steps and samples" $?
     if [ "$1" = bf16 ]; then
-        env CUDA_ON_CPU_CAPABILITY=90 "$test" --layers >/dev/null &&
-            env CUDA_ON_CPU_CAPABILITY=90 "$test" --digest >/dev/null
-        check "Hopper: layers, training steps and samples" $?
+        env CUDA_ON_CPU_CAPABILITY=90 "$test" --layers >/dev/null
+        check "Hopper: layers" $?
     fi
     "$test" --out-of-bounds >"$work/asan_$1" 2>&1
     grep -q 'heap-buffer-overflow' "$work/asan_$1"
