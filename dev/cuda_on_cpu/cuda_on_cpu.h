@@ -508,8 +508,7 @@ inline void end_collective(Warp &w) {
     w.action(w);
 }
 
-// The barriers and waits that ran, for CUDA_ON_CPU_LIST. The destructor writes them when the program
-// ends.
+// The barriers and waits that ran, for CUDA_ON_CPU_LIST. The destructor writes them at the end.
 inline struct List {
     std::mutex mutex;
     std::set<std::string> lines; // FILE:LINE kernel

@@ -117,7 +117,7 @@ says 1 "$(where 0 'which == 6') __shfl_xor_sync with width 16" $dir/test 6
 says 1 "$(where '[0-9]+' 'which == 7') __syncwarp with mask 0000ffff leaves out lanes" $dir/test 7
 says 1 "$(where 0 'which == 11') more than 64 cp_async_16" $dir/test 11
 says 1 "$(where 1 'which == 12') lanes of a warp wait for different mbarriers" $dir/test 12
-says 1 "$(where '[0-9]+' 'which == 13') a deadlock: all wait, and nothing is on its way" $dir/test 13
+says 1 "$(where '[0-9]+' 'which == 13') a deadlock: all wait, and nothing is" $dir/test 13
 says 1 "$(where 0 'which == 14') tma_load: the target is no multiple of 1024" $dir/test 14
 says 1 "kernel mistake: a block ended before its tma_load" $dir/test 15
 says 1 "$(where 0 'which == 16') more threads arrive at an mbarrier than it expects" $dir/test 16
