@@ -10,13 +10,19 @@ tile of 128 x COLS, and one that loads. They meet at mbarriers, two for each pla
     loads       waits for empty[s]; asks TMA for the next tiles, whose bytes count at full[s]
     multiply    wait for full[s]; begin its products; end those before, and arrive at their empty[s]
 
+Step n uses place s = n % stages, in round n / stages. A round of the ring is a phase of its
+barriers, so round r waits for parity r % 2 of full[s]. It waits for empty[s] of the round before,
+with the other parity; in round 0 that has ended on a new barrier.
+
 A block makes one tile of C after the other, and the next tile's numbers are loaded while one is
 stored. COLS is 256, or 96 where that wastes less (C = 288). dev/ptx.h has the instructions.
 */
 #pragma once
 
-enum { GROUP = 4 * WARP, GROUPS = 2, HOPPER_THREADS = (GROUPS + 1) * GROUP };
-enum { SLICE = 64, ROWS = GROUPS * 64 };
+enum { GROUP = 4 * WARP, GROUPS = 2 };               // a warpgroup's threads; those that multiply
+enum { HOPPER_THREADS = (GROUPS + 1) * GROUP };      // of a block
+enum { SLICE = 64 };                                 // a box of TMA is so wide: 128 bytes
+enum { ROWS = GROUPS * 64 };                         // of a tile of C; a wgmma has 64
 
 // Registers of a thread, where so many blocks share the 65,536 of a multiprocessor
 enum { LOADS_WITH = 32 };
@@ -97,7 +103,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
             for (int k = tile.z * depth; k < end; k += SLICE, step++) {
                 int s = step % H::stages;
                 floatX *at = ring + s * H::stage_size, *bt = at + ROWS * SLICE;
-                mbarrier_wait(&empty[s], step / H::stages % 2 ^ 1); // in the first round it is
+                mbarrier_wait(&empty[s], step / H::stages % 2 ^ 1);
                 mbarrier_expect(&full[s], bytes * (int)sizeof(floatX));
                 if (!TRANS_A) tma_load(at, &a, k, tile.i0, &full[s]);
                 for (int i = 0; TRANS_A && i < ROWS; i += SLICE)
@@ -194,7 +200,8 @@ static bool hopper_can(const floatX *a, int lda, const floatX *b, int ldb, int l
 //
 // A block has 128 positions of one head, 64 for each warpgroup, and goes over all positions, 64 at
 // a time. A tile is 64 positions of a head, and lies in shared memory as boxes of 64 columns.
-// Scores come from two tiles. Probabilities stay in registers for the next product.
+// Scores come from two tiles. Probabilities stay in registers for the next product. A box may reach
+// into the next head, whose columns no product takes, and the last tile into the next sequence.
 
 // Where in a tile 16 channels begin, from d on
 __device__ static inline const floatX *channels(const floatX *tile, int d) {
