@@ -1044,8 +1044,8 @@ static void check_layers(void) {
     for (int i = 0; i < 100; i++) // each combination
         matmul_errors(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &e);
 #ifdef BACKEND // on Hopper several wide tiles for each block, and sums longer than its ring
-    matmul_errors(1300, 72, 512, &e);
-    matmul_errors(300, 328, 512, &e);
+    if (this_gpu()->major == 9) matmul_errors(1300, 72, 512, &e);
+    if (this_gpu()->major == 9) matmul_errors(300, 328, 512, &e);
 #endif
     // In bf16 results are rounded to 8 significant bits: by 2^-8 of their size at most.
     check("matmul_forward", e.forward, TOLERANCE(5e-6, 1 / 255.), "100 shapes");
@@ -1057,7 +1057,7 @@ static void check_layers(void) {
     double forward = 0, backward = 0;
     for (int i = 0; i < 45; i++) attention_errors(2, T[i % 5], 2, D[i / 5], &forward, &backward);
 #ifdef BACKEND // on Hopper more positions than its ring holds
-    attention_errors(1, 330, 2, 64, &forward, &backward);
+    if (this_gpu()->major == 9) attention_errors(1, 330, 2, 64, &forward, &backward);
 #endif
     // In bf16 the output goes through two roundings: probabilities, results. The gradients go
     // through three: the output and dscores too. Each is 2^-8 at most, half of that on average.

@@ -163,6 +163,7 @@ static CUtensorMap tensor_map(const floatX *matrix, int ld, int rows, int column
         cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
                                                     12000, cudaEnableDefault, &found),
                    "the driver's function for tensor maps");
+        if (!encode) die(FAILED, "the GPU's driver has no tensor maps: install a newer one");
     }
     CUtensorMap map;
     cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};

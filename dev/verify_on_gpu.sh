@@ -75,7 +75,9 @@ else
     say "no PyTorch with CUDA in $PYTHON: no speeds beside it, no large reference files"
 fi
 
-step 150 build 'error|warning' make -j"$(nproc)" WARNINGS= loopmdm \
+gpu=native # or with the kernels of dev/hopper.h
+[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] && gpu=sm_90a
+step 150 build 'error|warning' make -j"$(nproc)" WARNINGS= GPU=$gpu loopmdm \
     build/{loopmdm,test}_cuda_{fp32,bf16} build/loopmdm_cuda_profile \
     build/study_{matmul,attention,head}_cuda \
     build/stories_{train,val}.bin
@@ -104,7 +106,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     say "no compute-sanitizer"
 fi
-step 60 studies '.' make WARNINGS= studies_cuda
+step 60 studies '.' make WARNINGS= GPU=$gpu studies_cuda
 say "---- $SECONDS s in all; $(grep -c '^FAIL' "$result.txt") failures"
 grep '^FAIL' "$result.txt"
 exit $failed

@@ -243,7 +243,7 @@ both
 start on_cpu_hopper env CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_ORDER=random \
     build/test_on_cpu_bf16 --layers "${references[@]}"
 if command -v "$NVCC" >/dev/null; then
-    start nvcc_bf16 nvcc_compiles 1 80 100
+    start nvcc_bf16 nvcc_compiles 1 80
     start nvcc_hopper nvcc_compiles 1 90a
     start nvcc_fp32 nvcc_compiles 0 90 # for checks only, and it takes long
 else
