@@ -78,7 +78,7 @@ void make_barriers(uint64_t (&full)[N], uint64_t (&empty)[STAGES]) {
     __syncthreads(); // the barriers are there
 }
 
-// Grid: as many blocks as run at the same time. Block: HOPPER_THREADS.
+// Grid: as many blocks as run at the same time. Block: HOPPER_THREADS. depth: a multiple of SLICE.
 template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
 __global__ void __launch_bounds__(HOPPER_THREADS, Hopper<COLS>::blocks)
 matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,

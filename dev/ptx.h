@@ -147,9 +147,9 @@ template <int N> __device__ static inline void keep(float (&d)[N][4]) {
 }
 
 // d += A B or, with add 0, d = A B, with (64,N) = (64,16) (16,N). Warp w has rows 16w to 16w + 15,
-// and d[j] is laid out like mma's d, for columns 8j to 8j + 7. A and B are tiles in shared memory,
-// given by descriptors. TRANS says that a tile holds the transposed matrix (mn-major in PTX). Or A
-// is in registers, laid out like mma's a, and B is transposed.
+// and d[j] is laid out like mma's d, for columns 8j to 8j + 7. Descriptors give tiles in shared
+// memory. As in load_a and load_b they hold A and B^T, or with TRANS A^T and B (mn-major in PTX).
+// Or A is in registers, laid out like mma's a, and the tile holds B.
 #define TO_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TO_24 TO_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define TO_32 TO_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
