@@ -225,6 +225,8 @@ void multiply_probabilities(float (&d)[D / 8][4], const float (&p)[SLICE / 8][4]
     uint32_t a[SLICE / 16][4];
 #pragma unroll
     for (int k = 0; k < SLICE / 16; k++) to_a(a[k], p[2 * k], p[2 * k + 1]);
+    keep(a); // what was done to A and the sums must come before the fence
+    keep(d);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < SLICE / 16; k++)

@@ -145,6 +145,11 @@ template <int N> __device__ static inline void keep(float (&d)[N][4]) {
     for (int j = 0; j < N; j++)
         asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) :: "memory");
 }
+template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // the same for A
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3]) :: "memory");
+}
 
 // d += A B or, with add 0, d = A B, with (64,N) = (64,16) (16,N). Warp w has rows 16w to 16w + 15,
 // and d[j] is laid out like mma's d, for columns 8j to 8j + 7. Descriptors give tiles in shared

@@ -1109,7 +1109,7 @@ inline void tma_load(void *to, const CUtensorMap *map, int column, int row, uint
 
 template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
-template <int N> void keep(float (&)[N][4]) {}
+template <class T, int N> void keep(T (&)[N][4]) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit(LINE) {
     with(nullptr, nullptr, nullptr, "wgmma_commit", line, [](Warp &w) { w.groups++; });
