@@ -39,11 +39,12 @@ PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
 $(if $(BF16_$(PRECISION)),,$(error PRECISION=$(PRECISION): choose bf16 or fp32))
-# GPU=sm_90a takes the kernels of dev/hopper.h. A build on an H100 does not do so by itself yet: no
+# GPU=sm_90a takes the kernels of dev/hopper*.h. A build on an H100 does not do so by itself yet: no
 # card has run them.
 GPU = native
 PRECISION_fp32 = -DBF16=0
 PRECISION_bf16 = -DBF16=1 -DHOPPER=$(if $(filter sm_90a,$(GPU)),1,0)
+PRECISION_profile = $(PRECISION_bf16) -DPROFILE=1
 ARCH_sm_90a = -gencode=arch=compute_90a,code=sm_90a
 NVCCFLAGS = -O3 -std=c++17 -I. $(or $(ARCH_$(GPU)),-arch=$(GPU)) --Werror all-warnings \
 	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
@@ -88,10 +89,11 @@ build/fuzz: dev/test/fuzz.c $(PROGRAM) build/flags
 # ---- loopmdm.cu: program and test in both precisions, for the GPU and for the CPU ----
 
 FOR_CPU = mkdir -p build && (echo '$(HASH)line 1 "$<"'; sed -E -f dev/cuda_on_cpu/launches.sed \
-	-e 's|include "dev/hopper.h"|include "build/hopper_on_cpu.h"|' $<) >$@
-build/loopmdm_on_cpu.cpp: loopmdm.cu dev/cuda_on_cpu/launches.sed build/hopper_on_cpu.h
+	-e 's|include "dev/(hopper.*)\.h"|include "build/\1_on_cpu.h"|' $<) >$@
+HOPPER_ON_CPU = build/hopper_on_cpu.h build/hopper_attention_on_cpu.h
+build/loopmdm_on_cpu.cpp: loopmdm.cu dev/cuda_on_cpu/launches.sed $(HOPPER_ON_CPU)
 	$(FOR_CPU)
-build/hopper_on_cpu.h: dev/hopper.h dev/cuda_on_cpu/launches.sed
+$(HOPPER_ON_CPU): build/%_on_cpu.h: dev/%.h dev/cuda_on_cpu/launches.sed
 	$(FOR_CPU)
 
 ON_CPU = $(CXX) -x c++ $(CXXFLAGS) -DBACKEND='"build/loopmdm_on_cpu.cpp"'
@@ -104,7 +106,6 @@ build/test_on_cpu_%: test_loopmdm.c $(PROGRAM) $(EMULATION)
 ON_GPU = $(NVCC) -x cu $(NVCCFLAGS) -DBACKEND='"loopmdm.cu"'
 build/loopmdm_cuda_%: $(PROGRAM) loopmdm.cu build/nvcc_flags
 	$(ON_GPU) $(PRECISION_$*) $< -o $@
-PRECISION_profile = $(PRECISION_bf16) -DPROFILE=1
 build/test_cuda_%: test_loopmdm.c $(PROGRAM) loopmdm.cu build/nvcc_flags
 	$(ON_GPU) $(PRECISION_$*) $< -o $@
 

@@ -74,7 +74,7 @@ static void cuda_check(cudaError_t error, const char *what) {
         die(FAILED, "%s: the GPU reports: %s", what, cudaGetErrorString(error));
 }
 
-// Called after every launch, of a matrix product with its shape. An error inside a kernel shows
+// Called after every launch; a matrix product also passes its shape. An error inside a kernel shows
 // only at a later copy; with CUDA_LAUNCH_BLOCKING=1 in the environment it shows here.
 #if PROFILE
 #include "dev/profile.h" // it also takes the time
@@ -99,7 +99,7 @@ static void clear_memory(void *p, size_t bytes) {
 enum { WARP = 32, THREADS = 256 };
 #define ALL 0xffffffffu // lanes of a warp
 
-// How many, if each takes so many of n: blocks(9, 4) is 3.
+// n / each, rounded up: blocks(9, 4) is 3.
 HOST_DEVICE static inline int blocks(size_t n, int each) { return (int)((n + each - 1) / each); }
 
 static const cudaDeviceProp *this_gpu() {
@@ -236,20 +236,6 @@ __device__ static inline void to_a(Pair a[4 * WORDS], const float left[4], const
         a[2 * r + 1] = from[1];
 #endif
     }
-}
-
-// Stores a warp's result (16,D) in a matrix with rows ld apart, where it has such rows and columns.
-template <int D> __device__ static inline
-void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, int columns) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int d = 0; d < D / 8; d++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = lane / 4 + half * 8, column = d * 8 + lane % 4 * 2;
-            float pair[2] = {result[d][2 * half], result[d][2 * half + 1]};
-            if (row < rows && column < columns) store(to + row * ld + column, pair);
-        }
 }
 
 // Tiles in shared memory have so many more columns, so that the 8 rows of an ldmatrix lie in
@@ -457,7 +443,7 @@ static const char *product_name(bool trans_a, bool trans_b) {
 }
 
 #if HOPPER
-#include "dev/hopper.h" // matmul and attention on the instructions of H100 and H200
+#include "dev/hopper.h" // matmul_kernel on the instructions of H100 and H200
 #endif
 
 // Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
@@ -466,10 +452,10 @@ static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *
                      int M, int N, int K, int depth) {
 #if HOPPER
     if (hopper_can(a, lda, b, ldb, epilogue.ld)) {
-        bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256;
-        auto multiply = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
-                               : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
-        multiply(epilogue, a, lda, b, ldb, M, N, K, depth);
+        bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256; // 96: if it saves 15 %
+        auto on_hopper = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
+                                : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
+        on_hopper(epilogue, a, lda, b, ldb, M, N, K, depth);
         return;
     }
 #endif
@@ -500,7 +486,7 @@ static int choose_splits(Parts parts, int tiles, int K, size_t size) {
     return best;
 }
 
-// epilogue(the sum of parts (splits,M,ld)), in order
+// epilogue(i, j, the sum over z of parts (splits,M,ld)), always in the order of z
 // Grid: M ld / THREADS. Block: THREADS, a thread for each number.
 template <class Epilogue>
 __global__ void sum_parts_kernel(Epilogue epilogue, const float *parts, int M, int N, int ld,
@@ -523,6 +509,8 @@ static void sum_parts(Epilogue epilogue, const float *parts, int M, int N, int l
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
 static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
                    int M, int N, int K, Parts parts) {
+    // Hopper's tiles are twice as large, and half as many run at a time: as many rounds.
+    // Parts begin at multiples of 64, what it loads at a time: it would run into the next part.
     int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, TILE);
     int depth = blocks(blocks(K, choose_splits(parts, tiles, K, (size_t)M * ld)), 64) * 64;
     if (depth >= K) {
@@ -543,9 +531,9 @@ matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int
     matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
-// epilogue(sums over the columns of inp (M,N)): row y of the result is the sum over part y of the M
-// rows. inp has rows ld apart.
-// Grid: (N / (WARP * W), parts). Block: THREADS, 32 times W columns and 8 rows at a time.
+// Columns of inp (M,N), summed: row y of the result is the sum over part y of the rows, and goes to
+// the epilogue. inp has rows ld apart.
+// Grid: (N / (WARP * W), parts). Block: THREADS: a warp has a row at a time, a lane W neighbours.
 template <int W, class T, class Epilogue>
 __global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int M, int N) {
     __shared__ float sums[THREADS / WARP][WARP * W];
@@ -897,6 +885,71 @@ void multiply(float sum[D / 8][4], const float p[N / 8][4], const floatX *b) {
     }
 }
 
+// Stores a warp's result (16,D) in a matrix with rows ld apart, where it has such rows and columns.
+template <int D> __device__ static inline
+void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, int columns) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int d = 0; d < D / 8; d++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = lane / 4 + half * 8, column = d * 8 + lane % 4 * 2;
+            float pair[2] = {result[d][2 * half], result[d][2 * half + 1]};
+            if (row < rows && column < columns) store(to + row * ld + column, pair);
+        }
+}
+
+// One step of the online softmax, for a warp's 16 queries and so many keys of KEYS. p (16,KEYS) are
+// scores without scale2, and become probabilities. y, the output so far, and sum are scaled down if
+// a larger score comes. largest and sum are of queries lane / 4, and that + 8; sum is of this lane.
+template <int D> __device__ static inline
+void online_softmax(float p[KEYS / 8][4], float y[D / 8][4], float largest[2], float sum[2],
+                    float scale2, int keys) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float m = largest[half], s = 0;
+#pragma unroll
+        for (int j = 0; j < KEYS / 4; j++) { // the lane's scores of one query
+            float *x = &p[j / 2][2 * half + j % 2];
+            if (j / 2 * 8 + lane % 4 * 2 + j % 2 >= keys) *x = -INFINITY;
+            m = fmaxf(m, *x);
+        }
+        m = fmaxf(m, __shfl_xor_sync(ALL, m, 1)); // four lanes share a query
+        m = fmaxf(m, __shfl_xor_sync(ALL, m, 2));
+
+        float shrink = exp_2((largest[half] - m) * scale2); // 1 if no larger score has come
+        largest[half] = m;
+#pragma unroll
+        for (int j = 0; j < KEYS / 4; j++) {
+            float *x = &p[j / 2][2 * half + j % 2];
+            *x = exp_2(*x * scale2 - m * scale2);
+            s += *x;
+        }
+        sum[half] = sum[half] * shrink + s;
+#pragma unroll
+        for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] *= shrink;
+    }
+}
+
+// Its end, for the first `rows` of the 16 queries: divides y by the sum, and stores y and lse.
+template <int D> __device__ static inline
+void store_softmax(floatX *out, size_t ld, float *lse, float y[D / 8][4], const float largest[2],
+                   const float sum[2], float scale2, int rows, int columns) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = lane / 4 + half * 8;
+        float s = sum[half];
+        s += __shfl_xor_sync(ALL, s, 1);
+        s += __shfl_xor_sync(ALL, s, 2);
+        if (lane % 4 == 0 && row < rows) lse[row] = largest[half] * scale2 + log2f(s);
+#pragma unroll
+        for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] /= s;
+    }
+    store_rows<D>(out, ld, y, rows, columns);
+}
+
 // Grid: B * NH * attention_tiles(T), a block for 64 queries of a head. Block: ATTN_THREADS.
 template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
 attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale,
@@ -905,12 +958,12 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
     extern __shared__ __align__(16) floatX tiles[];
     floatX *qt = tiles, *kt = qt + ATTN_ROWS * LD, *vt = kt + KEYS * LD; // tiles of q, k, v
     int bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, size = C / NH;
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
     int t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS, t_warp = t0 + warp * 16;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     float scale2 = scale * 1.44269504f; // log2(e)
     float y[D / 8][4] = {}; // the warp's (16,D) of out, not yet divided by the sum
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}; // of queries lane / 4, and that + 8
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
     load_tile<ATTN_ROWS, D>(qt, q + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
     load_tile<KEYS, D>(kt, k, 3 * C, T, size);
@@ -927,30 +980,7 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
         __syncthreads(); // all are done with these keys: the next may come during the softmax
         if (next < T) load_tile<KEYS, D>(kt, k + (size_t)next * 3 * C, 3 * C, T - next, size);
         cp_async_commit();
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float m = largest[half], s = 0;
-#pragma unroll
-            for (int j = 0; j < KEYS / 4; j++) { // the lane's scores of one query
-                float *x = &p[j / 2][2 * half + j % 2];
-                *x = j0 + j / 2 * 8 + lane % 4 * 2 + j % 2 < T ? *x * scale2 : -INFINITY;
-                m = fmaxf(m, *x);
-            }
-            m = fmaxf(m, __shfl_xor_sync(ALL, m, 1)); // four lanes share a query
-            m = fmaxf(m, __shfl_xor_sync(ALL, m, 2));
-
-            float shrink = exp_2(largest[half] - m); // 1 if no larger score has come
-            largest[half] = m;
-#pragma unroll
-            for (int j = 0; j < KEYS / 4; j++) {
-                float *x = &p[j / 2][2 * half + j % 2];
-                *x = exp_2(*x - m);
-                s += *x;
-            }
-            sum[half] = sum[half] * shrink + s;
-#pragma unroll
-            for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] *= shrink;
-        }
+        online_softmax<D>(p, y, largest, sum, scale2, T - j0);
 
         cp_async_wait<1>(); // the values are there, the next keys may be on their way
         __syncthreads();
@@ -961,17 +991,9 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
         cp_async_commit();
     }
 
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int t = t_warp + lane / 4 + half * 8;
-        float s = sum[half]; // of a quarter of the keys
-        s += __shfl_xor_sync(ALL, s, 1);
-        s += __shfl_xor_sync(ALL, s, 2);
-        if (lane % 4 == 0 && t < T) lse[(size_t)bh * T + t] = largest[half] + log2f(s);
-#pragma unroll
-        for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] /= s;
-    }
-    store_rows<D>(out + ((size_t)b * T + t_warp) * C + h * size, C, y, T - t_warp, size);
+    floatX *to = out + ((size_t)b * T + t_warp) * C + h * size;
+    lse += (size_t)bh * T + t_warp;
+    store_softmax<D>(to, C, lse, y, largest, sum, scale2, T - t_warp, size);
 }
 
 // Backward: with p = exp2(score - lse), dp = dout v^T and scale = 1/sqrt(C/NH),
@@ -1141,6 +1163,10 @@ attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
     floatX *to = dqkv + ((size_t)b * T + t_warp) * 3 * C + h * size;
     store_rows<D>(to, 3 * C, dq, T - t_warp, size);
 }
+
+#if HOPPER
+#include "dev/hopper_attention.h" // these kernels on the instructions of H100 and H200
+#endif
 
 template <int D> static void
 attention_forward_of(floatX *out, float *lse, const floatX *qkv, int B, int T, int C, int NH) {

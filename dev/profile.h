@@ -2,13 +2,13 @@
 A table of kernels and their times, printed when the program ends. For that, build loopmdm.cu with
 -DPROFILE=1 (make build/loopmdm_cuda_profile): it then includes this file.
 
-A kernel's time goes from the end of the kernel before it to its own end, so it has the time in
-which the GPU waited for the launch. The first launch of each is not counted: it loads the kernel.
+A kernel's time goes from the end of the kernel before it to its own end. So it includes copies
+before it, and the time in which the GPU waited for the launch. CUDA_MODULE_LOADING=EAGER in the
+environment loads all kernels beforehand: else their first launches do it.
 */
 #pragma once
 #include <algorithm>
 #include <map>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,11 +16,9 @@ which the GPU waited for the launch. The first launch of each is not counted: it
 struct KernelTime { long launches; double ms, flops; };
 
 static std::map<std::string, KernelTime> kernel_times;
-static std::set<std::string> loaded_kernels;
 static std::vector<std::pair<cudaEvent_t, KernelTime *>> timed_launches; // not yet added up
 static cudaEvent_t last_event;
 
-// Waits for the GPU, and adds up.
 static void add_times() {
     for (auto &launch : timed_launches) {
         float ms;
@@ -28,7 +26,6 @@ static void add_times() {
         cuda_check(cudaEventElapsedTime(&ms, last_event, launch.first), "profile");
         cuda_check(cudaEventDestroy(last_event), "profile");
         last_event = launch.first;
-        if (!launch.second) continue; // it loaded the kernel
         launch.second->launches++;
         launch.second->ms += ms;
     }
@@ -54,19 +51,19 @@ static void print_times() {
     }
 }
 
-// To be called after each launch. A matrix product has its shape.
+// Called after each launch; a matrix product also passes its shape.
 static void launched(const char *what, int M = 0, int N = 0, int K = 0) {
     cuda_check(cudaGetLastError(), what);
     if (!last_event) {
         cuda_check(cudaEventCreate(&last_event), "profile");
         cuda_check(cudaEventRecord(last_event), "profile");
-        atexit(print_times); // before the end of CUDA itself, which has begun earlier
+        atexit(print_times); // CUDA's own handler was registered earlier, so it runs later
     }
     char name[80];
     if (M) snprintf(name, sizeof name, "%s (%d,%d)(%d,%d)", what, M, K, K, N);
     else snprintf(name, sizeof name, "%s", what);
-    KernelTime *time = loaded_kernels.insert(what).second ? NULL : &kernel_times[name];
-    if (time) time->flops = 2.0 * M * N * K;
+    KernelTime *time = &kernel_times[name];
+    time->flops = 2.0 * M * N * K;
     cudaEvent_t event;
     cuda_check(cudaEventCreate(&event), "profile");
     cuda_check(cudaEventRecord(event), "profile");

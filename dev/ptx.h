@@ -1,6 +1,6 @@
 /*
-PTX instructions for which CUDA C++ has no functions, each behind one small function. loopmdm.cu
-says how they work together. dev/cuda_on_cpu has the same functions in C, for the CPU.
+PTX instructions for which CUDA C++ has no functions, each behind one small function. loopmdm.cu and
+dev/hopper.h say how they work together. dev/cuda_on_cpu has the same functions in C, for the CPU.
 Reference: NVIDIA, Parallel Thread Execution ISA.
 */
 #pragma once
@@ -45,13 +45,6 @@ __device__ static inline void cp_async_16(void *shared, const void *global, int 
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
 
-// 2^x, to 2 units in the last place; what is too small for a normal number is zero.
-__device__ static inline float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // The copies since the last call are one group.
 __device__ static inline void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -60,6 +53,13 @@ __device__ static inline void cp_async_commit() {
 // Waits for all groups except the N newest.
 template <int N> __device__ static inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+
+// 2^x, to 2 units in the last place; what is too small for a normal number is zero.
+__device__ static inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 #if HOPPER
@@ -73,7 +73,7 @@ __device__ static inline void mbarrier_init(uint64_t *barrier, int count) {
                  :: "r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-// Shows the barriers that are ready to TMA. Other threads need a __syncthreads() after it.
+// Makes the new barriers visible to TMA. Other threads need a __syncthreads() after it.
 __device__ static inline void mbarrier_init_done() {
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;"
                  ::: "memory");
@@ -90,7 +90,7 @@ __device__ static inline void mbarrier_expect(uint64_t *barrier, int bytes) {
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// Waits until the phase of this parity has ended. On a new barrier parity 1 has.
+// Waits until the phase of this parity has ended. A new barrier acts as if one of parity 1 had.
 __device__ static inline void mbarrier_wait(uint64_t *barrier, int parity) {
     asm volatile("{\n"
                  ".reg .pred p;\n"
@@ -116,7 +116,7 @@ __device__ static inline void tma_load(void *shared, const CUtensorMap *map, int
 // ---- wgmma: a warpgroup, 4 warps, multiplies tiles in shared memory, and need not wait ----
 
 // All threads of a block begin with the same number of registers. From here on those of this
-// warpgroup have N: they give the others back, or wait until there are enough.
+// warpgroup have N: they give up the rest, or wait until so many are free.
 template <int N> __device__ static inline void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
 }
@@ -124,7 +124,7 @@ template <int N> __device__ static inline void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
 }
 
-// Comes before the first product after other instructions have used the sums.
+// Comes before products if other instructions have used their registers: the sums, or A.
 __device__ static inline void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -139,7 +139,8 @@ template <int N> __device__ static inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
 }
 
-// The compiler does not move uses of the sums across this.
+// wgmma returns before its sums are there, and the compiler does not know. It moves no use of the
+// sums across this: neither from before a fence to after it, nor from after a wait to before it.
 template <int N> __device__ static inline void keep(float (&d)[N][4]) {
 #pragma unroll
     for (int j = 0; j < N; j++)
@@ -155,6 +156,7 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 // and d[j] is laid out like mma's d, for columns 8j to 8j + 7. Descriptors give tiles in shared
 // memory. As in load_a and load_b they hold A and B^T, or with TRANS A^T and B (mn-major in PTX).
 // Or A is in registers, laid out like mma's a, and the tile holds B.
+// TO_n lists operands 0 to n - 1; SUMS_n(j) are the n floats from d[j] on.
 #define TO_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TO_24 TO_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define TO_32 TO_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
@@ -173,7 +175,8 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 #define SUMS_64(j) SUMS_32(j), SUMS_32(j + 8)
 #define SUMS_128(j) SUMS_64(j), SUMS_64(j + 16)
 
-// The last arguments are the numbers of the operands that follow the sums.
+// The last arguments are the numbers of the operands that follow the sums. "p, 1, 1": add if p, and
+// negate neither A nor B. The last 1 of WGMMA_REGISTERS is TRANS_B.
 #define WGMMA(N, SUMS, A, B, ADD, TRANS_A_, TRANS_B_) \
     template <bool TRANS_A, bool TRANS_B> __device__ static inline \
     void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) { \

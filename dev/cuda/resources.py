@@ -9,8 +9,8 @@ SM can hold.
 
 Prints Markdown: a table for each build and architecture. Registers, static shared memory and spills
 are the compiler's. Threads and dynamic shared memory follow from the constants of loopmdm.cu and
-dev/hopper.h, which are repeated below. Blocks per SM and occupancy are computed; a layer is as wide
-as d12's. Nothing is measured.
+dev/hopper*.h, which are repeated below. Blocks per SM and occupancy are computed; a layer is as
+wide as d12's. Nothing is measured.
 """
 import argparse
 import os
@@ -24,8 +24,8 @@ SHARED = {"sm_80": 164, "sm_90": 228, "sm_90a": 228, "sm_100": 228}  # KiB of an
 REGISTERS, MAX_THREADS, MAX_BLOCKS = 65536, 2048, 32
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
-# Lines of loopmdm.cu and dev/hopper.h that the formulas below repeat. When one of them changes, the
-# script says so and does not print what is no longer true.
+# Lines of loopmdm.cu and dev/hopper*.h that the formulas below repeat. When one of them changes,
+# the script says so and does not print what is no longer true.
 SAYS = """
 enum { WARP = 32, THREADS = 256 };
 enum { PAD = 16 / sizeof(floatX) };
@@ -180,7 +180,7 @@ def main():
     args = parser.parse_args()
 
     source = ""
-    for name in "loopmdm.cu", "dev/hopper.h":
+    for name in "loopmdm.cu", "dev/hopper.h", "dev/hopper_attention.h":
         with open(os.path.join(ROOT, name)) as f:
             source += f.read()
     for line in SAYS.strip().splitlines():

@@ -750,6 +750,9 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 16 && t == 0) { mbarrier_expect(&barrier, 16); mbarrier_arrive(&barrier); }
     if (which == 17) wgmma<false, false>(sums, t, 0, 0);
     if (which == 18) wgmma<false, false>(sums, 0, 0, 0);
+    float more[9][12][4];
+    if (which == 40) for (int i = 0; i < 65; i++) wgmma<false, false>(sums, 0, 0, 0);
+    if (which == 41) for (int i = 0; i < 9; i++) wgmma<false, false>(more[i], 0, 0, 0);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -801,7 +804,7 @@ int main(int argc, char **argv) {
     cudaError_t e = cudaGetDeviceCount(&count);
     if (!e) e = cudaMalloc(&p, sizeof host);
     if (!e) e = cudaMalloc(&out, sizeof host);
-    if (which < 20 || which == 39) mistake<<<2, 64, sizeof host>>>(p, which, out);
+    if (which < 20 || which > 38) mistake<<<2, 64, sizeof host>>>(p, which, out);
     if (which == 20) mistake<<<1, 64, sizeof host>>>(p, which, host);
     if (which == 21) cudaMemcpy(host, host, 4, cudaMemcpyHostToDevice);
     if (which == 22) cudaMemcpy(p + 1, host, sizeof host, cudaMemcpyHostToDevice);

@@ -124,6 +124,8 @@ says 1 "$(where 0 'which == 16') more threads arrive at an mbarrier than it expe
 says 1 "$(where '[0-9]+' 'which == 17') wgmma: lanes have different descriptors" $dir/test 17
 says 1 "kernel mistake: a warp ended before its wgmma" $dir/test 18
 says 1 "$(where '[0-9]+' 'which == 39 &&') more bytes arrive at an mbarrier" $dir/test 39
+says 1 "$(where '[0-9]+' 'which == 40') more than 64 wgmma without a wait" $dir/test 40
+says 1 "$(where '[0-9]+' 'which == 41') more than 8 results of wgmma" $dir/test 41
 says 1 "kernel mistake: argument 3, 0x.*, is not device memory" $dir/test 20
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 21
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 22

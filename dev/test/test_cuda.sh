@@ -91,8 +91,8 @@ barriers() {
     done
     waits='__syncthreads|cp_async_wait<|mbarrier_wait\(|wgmma_wait<'
     [ "$(cut -d' ' -f1 "$list" | sort -u | wc -l)" -eq \
-        "$(cat loopmdm.cu dev/hopper.h | grep -cE "$waits")" ]
-    check "every barrier and wait in loopmdm.cu and dev/hopper.h was met" $?
+        "$(cat loopmdm.cu dev/hopper*.h | grep -cE "$waits")" ]
+    check "every barrier and wait in loopmdm.cu and dev/hopper*.h was met" $?
     while read -r line; do
         changed=1
         for run in "ascending bf16" "descending bf16" "descending fp32"; do
@@ -108,8 +108,8 @@ barriers() {
         ! layers_pass CUDA_ON_CPU_SKIP=$line
         check "the checks of layers fail without the wait in $line" $?
     done
-    # They have longer sequences than the digest: enough to go round the rings of dev/hopper.h
-    for line in $(grep '^dev/hopper.h' "$list" | cut -d' ' -f1 | sort -u); do
+    # They have longer sequences than the digest: enough to go round the rings of dev/hopper*.h
+    for line in $(grep '^dev/hopper' "$list" | cut -d' ' -f1 | sort -u); do
         ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line ||
             ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line \
                 CUDA_ON_CPU_ORDER=descending
@@ -210,8 +210,10 @@ nvcc_compiles() {
         -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper \
         -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
     check "$NVCC for sm_${*:2}, BF16=$1" $?
-    ! grep -E 'C75|Performance Loss' "$log" # products of wgmma that would wait for each other
-    check "nothing that makes wgmma slow" $?
+    if [ $hopper = 1 ]; then # ptxas says it if products of wgmma will wait for each other
+        ! grep -E 'C75|Performance Loss' "$log"
+        check "nothing that makes wgmma slow" $?
+    fi
     counted
 }
 
