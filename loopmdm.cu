@@ -442,29 +442,33 @@ static const char *product_name(bool trans_a, bool trans_b) {
     return trans_a ? "matmul, weight's gradient" : trans_b ? "matmul, input's gradient" : "matmul";
 }
 
-#if HOPPER
-#include "dev/hopper.h" // matmul_kernel on the instructions of H100 and H200
-#endif
-
 // Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
-static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
-                     int M, int N, int K, int depth) {
-#if HOPPER
-    if (hopper_can(a, lda, b, ldb, epilogue.ld)) {
-        bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256; // 96: if it saves 15 %
-        auto on_hopper = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
-                                : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
-        on_hopper(epilogue, a, lda, b, ldb, M, N, K, depth);
-        return;
-    }
-#endif
+static void multiply_mma(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+                         int M, int N, int K, int depth) {
     size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
     dim3 grid(blocks(M, TILE), blocks(N, TILE), blocks(K, depth));
     auto matmul = matmul_kernel<TRANS_A, TRANS_B, Epilogue>;
     allow_shared(matmul, shared, "matmul");
     matmul<<<grid, THREADS, shared>>>(epilogue, a, lda, b, ldb, M, N, K, depth);
     launched(product_name(TRANS_A, TRANS_B), M, N, K);
+}
+
+#if HOPPER
+#include "dev/hopper.h" // the same on the instructions of H100 and H200
+#endif
+
+template <bool TRANS_A, bool TRANS_B, class Epilogue>
+static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+                     int M, int N, int K, int depth) {
+    auto kernel = multiply_mma<TRANS_A, TRANS_B, Epilogue>;
+#if HOPPER
+    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256; // 96: if it saves 15 %
+    if (hopper_can(a, lda, b, ldb, epilogue.ld))
+        kernel = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
+                        : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
+#endif
+    kernel(epilogue, a, lda, b, ldb, M, N, K, depth);
 }
 
 // Room for the parts of long sums, and how many tiles keep this GPU busy

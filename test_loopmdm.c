@@ -1044,8 +1044,10 @@ static void check_layers(void) {
     for (int i = 0; i < 100; i++) // each combination
         matmul_errors(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &e);
 #ifdef BACKEND // on Hopper several wide tiles for each block, and sums longer than its ring
-    if (this_gpu()->major == 9) matmul_errors(1300, 72, 512, &e);
-    if (this_gpu()->major == 9) matmul_errors(300, 328, 512, &e);
+    if (this_gpu()->major == 9) {
+        matmul_errors(1300, 72, 512, &e);
+        matmul_errors(300, 328, 512, &e);
+    }
 #endif
     // In bf16 results are rounded to 8 significant bits: by 2^-8 of their size at most.
     check("matmul_forward", e.forward, TOLERANCE(5e-6, 1 / 255.), "100 shapes");

@@ -233,13 +233,8 @@ static void matmul4(float *out, const floatX *inp, const floatX *weight, const f
 
 static void matmul5(float *out, const floatX *inp, const floatX *weight, const float *bias, int M,
                     int C, int OC, int ld) {
-    auto kernel = matmul_kernel<false, false, Store<float>>;
-    size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
-    dim3 grid(blocks(M, TILE), blocks(OC, TILE));
     Store<float> store = {out, ld, bias};
-    allow_shared(kernel, shared, "matmul5");
-    kernel<<<grid, THREADS, shared>>>(store, inp, C, weight, C, M, OC, C, C);
-    launched("matmul5");
+    multiply_mma<false, false>(store, inp, C, weight, C, M, OC, C, C);
 }
 
 // -------------------------------------------------------------------------------------------------

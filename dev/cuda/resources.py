@@ -39,7 +39,10 @@ size_t kv_shared = (2 * ATTN_ROWS + 4 * queries_at_a_time(D)) * row;
 size_t q_shared = (2 * ATTN_ROWS + 4 * keys_at_a_time(D)) * row;
 sequence_loss_kernel<<<m->B, WARP>>>
 size_t shared = 2 * C * sizeof(float);
-enum { GROUP = 4 * WARP, GROUPS = 2, HOPPER_THREADS = (GROUPS + 1) * GROUP };
+enum { GROUP = 4 * WARP, GROUPS = 2 };
+enum { HOPPER_THREADS = (GROUPS + 1) * GROUP };
+enum { SLICE = 64 };
+enum { ROWS = GROUPS * 64 };
 static constexpr int stages = COLS > 128 ? 4 : 3;
 static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE;
 static constexpr int stage_size = ROWS * SLICE + b_size;

@@ -73,7 +73,6 @@ Limits:
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
-#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -357,7 +356,8 @@ struct Fiber {
 // 3. The threads of a block, barriers, warp collectives
 
 enum { WARP = 32, MAX_WARPS = 32, MAX_THREADS = 1024, MAX_COPIES = 64 };
-enum { MAX_SUMS = 128, MAX_PRODUCTS = 64, MAX_RESULTS = 8 }; // of wgmma: a lane's floats, ...
+// Of wgmma: a lane's floats, products and results on their way
+enum { MAX_SUMS = 128, MAX_PRODUCTS = 64, MAX_RESULTS = 8 };
 
 struct Thread {
     Fiber *fiber; // NULL until the thread starts
@@ -375,7 +375,7 @@ struct Mbarrier {
 // really is, since the lanes' copies are spoilt
 struct Result {
     float *at[WARP];
-    int columns, products;
+    int products;
     float sums[WARP][MAX_SUMS];
 };
 

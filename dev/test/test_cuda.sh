@@ -208,8 +208,10 @@ nvcc_compiles() {
     [ "$2" = 90a ] && hopper=1
     $NVCC -x cu -O3 -std=c++17 -I. "${gpus[@]}" --Werror all-warnings \
         -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper \
-        -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
+        -Xptxas -v -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
     check "$NVCC for sm_${*:2}, BF16=$1" $?
+    python3 dev/cuda/resources.py "$log" >/dev/null
+    check "resources.py makes a table of it" $?
     if [ $hopper = 1 ]; then # ptxas says it if products of wgmma will wait for each other
         ! grep -E 'C75|Performance Loss' "$log"
         check "nothing that makes wgmma slow" $?
