@@ -1186,12 +1186,12 @@ static void check_gradients(void) {
 static void check_loops(void) {
     Config c = small_config(1, 3);
     Model m, inference;
-    build_small(&m, c, 8, 16, 0);
+    build_small(&m, c, 2, 16, 0);
     model_build(&inference, c);
-    model_reserve(&inference, 8, 24, 1, 0, 0);
+    model_reserve(&inference, 2, 24, 1, 0, 0);
     copy_parameters(&inference, &m);
-    set_batch(&m, 0, 0, 8, 8);
-    set_batch(&inference, 0, 0, 8, 8);
+    set_batch(&m, 0, 0, 2, 2);
+    set_batch(&inference, 0, 0, 2, 2);
     double looped[17];
     for (int S = 1; S <= 16; S++)
         if (S <= 4 || S == 16) looped[S] = forward_loss(&m, S, 0);

@@ -853,12 +853,32 @@ inline void put(float *to, float2 x) {
     to[1] = x.y;
 }
 
-template <class T> void multiply(Warp &w) { // D += A B
+inline float lane_result(const float d[16][8], int lane, int r) {
+    return d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+}
+
+// d (16,8) = A (16,16) B (16,8); rows of B are ld apart. Four rows at a time: their sums do not wait
+// for each other. No sanitizer looks at it: its arrays are the emulation's own.
+__attribute__((no_sanitize("address", "undefined")))
+inline void product(float d[16][8], const float a[16][16], const float *b, int ld) {
 #ifdef __AVX__
     typedef float Floats __attribute__((vector_size(32), may_alias));
 #else
     typedef float Floats __attribute__((vector_size(16), may_alias));
 #endif
+    for (int i = 0; i < 16; i += 4) {
+        for (size_t j = 0; j < 8; j += sizeof(Floats) / sizeof(float)) {
+            Floats sum[4] = {};
+            for (int k = 0; k < 16; k++) {
+                Floats row = *(const Floats *)(b + k * ld + j);
+                for (int r = 0; r < 4; r++) sum[r] += a[i + r][k] * row;
+            }
+            for (int r = 0; r < 4; r++) *(Floats *)&d[i + r][j] = sum[r];
+        }
+    }
+}
+
+template <class T> void multiply(Warp &w) { // D += A B
     alignas(32) float a[16][16];
     alignas(32) float b[16][8];
     alignas(32) float d[16][8];
@@ -866,31 +886,17 @@ template <class T> void multiply(Warp &w) { // D += A B
         int g = lane / 4, q = lane % 4;
         const T *from_a = (const T *)w.arguments[lane][1];
         const T *from_b = (const T *)w.arguments[lane][2];
-        const float *from_d = (const float *)w.arguments[lane][0];
         for (int r = 0; r < 4; r++) put(&a[g + 8 * (r % 2)][2 * q + 8 * (r / 2)], pair(from_a, r));
         for (int r = 0; r < 2; r++) {
             float2 rows = pair(from_b, r);
             b[2 * q + 8 * r][g] = rows.x;
             b[2 * q + 8 * r + 1][g] = rows.y;
-            put(&d[g + 8 * r][2 * q], pair(from_d, r));
         }
     }
-
-    // Four rows at a time: their sums do not wait for each other.
-    for (int i = 0; i < 16; i += 4) {
-        for (size_t j = 0; j < 8; j += sizeof(Floats) / sizeof(float)) {
-            Floats sum[4] = {};
-            for (int k = 0; k < 16; k++) {
-                Floats row = *(Floats *)&b[k][j];
-                for (int r = 0; r < 4; r++) sum[r] += a[i + r][k] * row;
-            }
-            for (int r = 0; r < 4; r++) *(Floats *)&d[i + r][j] += sum[r];
-        }
-    }
-
+    product(d, a, b[0], 8);
     for (int lane = 0; lane < WARP; lane++) {
         float *to = (float *)w.arguments[lane][0];
-        for (int r = 0; r < 2; r++) put(to + 2 * r, pair(d[lane / 4 + 8 * r], lane % 4));
+        for (int r = 0; r < 4; r++) to[r] += lane_result(d, lane, r);
     }
 }
 
@@ -999,7 +1005,8 @@ inline float element(uint64_t descriptor, bool trans, int i, int k) {
 
 // Lane 4g + q of warp w has the sums of rows 16w + g and that + 8, of columns 8j + 2q and the next.
 inline void finish_product(Warp &w, const Product &p) {
-    static thread_local float a[16][16], b[16][2 * MAX_SUMS];
+    alignas(32) static thread_local float a[16][16], b[16][2 * MAX_SUMS];
+    alignas(32) float d[16][8];
     Result &result = w.results[p.result];
     int first_row = (&w - core->warps) % 4 * 16;
     for (int lane = 0; lane < WARP && p.in_registers; lane++)
@@ -1012,14 +1019,13 @@ inline void finish_product(Warp &w, const Product &p) {
             a[i][k] = element(p.a, p.trans_a, first_row + i, k);
         for (int j = 0; j < p.columns; j++) b[k][j] = element(p.b, p.trans_b, j, k);
     }
-    for (int i = 0; i < 16; i++) {
-        float row[2 * MAX_SUMS] = {};
-        for (int k = 0; k < 16; k++)
-            for (int j = 0; j < p.columns; j++) row[j] += a[i][k] * b[k][j];
-        for (int j = 0; j < p.columns; j++) {
-            float *sum = &result.sums[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
-            *sum = row[j] + (p.add ? *sum : 0);
-        }
+    for (int j = 0; j < p.columns; j += 8) {
+        product(d, a, &b[0][j], 2 * MAX_SUMS);
+        for (int lane = 0; lane < WARP; lane++)
+            for (int r = 0; r < 4; r++) {
+                float *sum = &result.sums[lane][j / 2 + r];
+                *sum = lane_result(d, lane, r) + (p.add ? *sum : 0);
+            }
     }
     if (--result.products) return;
     for (int lane = 0; lane < WARP; lane++) // the program may see it

@@ -102,13 +102,7 @@ barriers() {
         done
         check "results change without the wait in $line, in $(kernels_of "$line")" $changed
     done < <(grep '^loopmdm.cu' "$list" | cut -d' ' -f1 | sort -u)
-    # The checks of layers notice it too, in matmul and in attention
-    for line in $(grep -E '^loopmdm.cu.* (matmul|attention|kv|q)$' "$list" | cut -d' ' -f1 |
-        sort -u); do
-        ! layers_pass CUDA_ON_CPU_SKIP=$line
-        check "the checks of layers fail without the wait in $line" $?
-    done
-    # They have longer sequences than the digest: enough to go round the rings of dev/hopper*.h
+    # The checks of layers have longer sequences: enough to go round the rings of dev/hopper*.h
     for line in $(grep '^dev/hopper' "$list" | cut -d' ' -f1 | sort -u); do
         ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line ||
             ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line \
@@ -146,7 +140,7 @@ same_digest() {
 # AddressSanitizer: nothing is read or written out of bounds, and it would be noticed.
 sanitized() { # PRECISION, BF16
     local ok=0 bad=0 status test=$work/test_sanitized_$1
-    $CXX -x c++ -std=c++17 -I. -O1 -g1 $OPENMP -fsanitize=address,undefined \
+    $CXX -x c++ -std=c++17 -I. -Og -g1 $OPENMP -fsanitize=address,undefined \
         -fno-sanitize-recover=all -Wall -Wextra -Werror -DBF16=$2 \
         -DBACKEND='"build/loopmdm_on_cpu.cpp"' test_loopmdm.c -o "$test"
     check "$1: build" $?
