@@ -273,6 +273,7 @@ static void init_parameters(float *params, Config c, uint64_t seed) {
         // Rotary positions, see rope(): the biases' part of q k^T depends only on the distance, and
         // each head begins by preferring distances of its own, so it soon finds its neighbours.
         if (i == QKVB) std = 1;
+        OMP(omp parallel for if (WORTH(t.size[i])))
         for (size_t j = 0; j < t.size[i]; j++) {
             double u = random_uniform(seed, STREAM_INIT, i, j) - 0.5; // its variance is 1/12
             int padding = i == WTE && j / C > (size_t)c.vocab_size; // rows after MASK's
@@ -1320,51 +1321,49 @@ static char *concat(const char *a, const char *b) { // the caller frees it
     return strcat(strcpy(s, a), b);
 }
 
-static void check_regular(const char *path) { // rename() would put a file where a link was
-    struct stat info;
-    if (!lstat(path, &info) && !S_ISREG(info.st_mode))
-        die(FAILED, "cannot write %s: it is a folder, device, pipe or link", path);
-}
-
-// Writes a file under another name, to the disk, and renames it: the old or the new one is whole.
-static void write_file(const char *path, const void *data, size_t bytes) {
-    check_regular(path);
-    char *temporary = concat(path, ".tmp");
-    FILE *file = fopen(temporary, "wb");
-    int ok = file && fwrite(data, 1, bytes, file) == bytes && !fflush(file) && !fsync(fileno(file));
-    int error = ok ? 0 : max_int(1, errno);
-    if (file) fclose(file);
-    if (ok && rename(temporary, path)) error = errno;
-    if (error) unlink(temporary);
-    free(temporary);
-    if (error) die(FAILED, "cannot write %s: %s; what was there stays", path, strerror(error));
-}
-
-static uint32_t crc32(const void *data, size_t n) { // as in zlib; it detects a damaged file
-    uint32_t table[256], crc = ~0u;
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int k = 0; k < 8; k++) table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xedb88320u : 0);
+#if __has_include("dev/files.h")
+#include "dev/files.h" // crc32() is faster; what was on the disk stays until the new file is whole
+#else
+// The checksum of zlib, which notices a damaged file. crc: that of what comes before, or 0.
+static uint32_t crc32(uint32_t crc, const void *data, size_t n) {
+    crc = ~crc;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= ((const unsigned char *)data)[i];
+        for (int k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
     }
-    for (size_t i = 0; i < n; i++)
-        crc = table[(crc ^ ((const unsigned char *)data)[i]) & 255] ^ (crc >> 8);
     return ~crc;
 }
 
+// Writes a file of a header and of parts (n) of the model's memory.
+static void checkpoint_save(const char *path, const int *header, const float *const *parts,
+                            int num_parts, size_t n) {
+    size_t bytes = 4 * (HEADER_INTS + num_parts * n);
+    int *data = (int *)allocate(bytes, 1, "a checkpoint");
+    memcpy(data, header, 4 * HEADER_INTS);
+    for (int i = 0; i < num_parts; i++) read_memory(data + HEADER_INTS + i * n, parts[i], 4 * n);
+    data[AT_CRC] = (int)crc32(0, data, bytes); // taken while its own place is zero
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(data, 1, bytes, file) != bytes || fclose(file))
+        die(FAILED, "cannot write %s: %s", path, strerror(errno));
+    free(data);
+}
+#endif
+
 // Writes folder/model.bin: the parameters, or their average if there is one.
 static void model_save(const Model *m, const char *folder, int step) {
-    size_t n = m->params.total, bytes = 4 * (HEADER_INTS + n);
-    int *file = (int *)allocate(bytes, 1, "a checkpoint");
-    file[0] = MODEL_MAGIC;
-    file[1] = 1;
-    memcpy(file + AT_CONFIG, &m->config, sizeof m->config); // nine numbers
-    file[AT_STEP] = step;
-    read_memory(file + HEADER_INTS, m->keeps_ema ? m->ema.data : m->params.data, 4 * n);
-    file[AT_CRC] = (int)crc32(file, bytes); // taken while its own place is zero
+    int header[HEADER_INTS] = {MODEL_MAGIC, 1};
+    memcpy(header + AT_CONFIG, &m->config, sizeof m->config); // nine numbers
+    header[AT_STEP] = step;
+    const float *part = m->keeps_ema ? m->ema.data : m->params.data;
     char *path = concat(folder, "/model.bin");
-    write_file(path, file, bytes);
+    checkpoint_save(path, header, &part, 1, m->params.total);
     free(path);
-    free(file);
+}
+
+static int checksum_fits(int *file, size_t bytes) { // of a mapped checkpoint
+    uint32_t crc = (uint32_t)file[AT_CRC];
+    file[AT_CRC] = 0; // as it was when the checksum was taken
+    return crc32(0, file, bytes) == crc;
 }
 
 // Builds m, without memory, from a mapped file with all parameters `parts` times; checks the file.
@@ -1375,9 +1374,7 @@ static void checkpoint_check(Model *m, int *file, size_t bytes, int parts, const
     model_build(m, c);
     if (bytes != 4 * (HEADER_INTS + parts * m->params.total))
         die(FAILED, "%s is damaged: its size is not that of its parameters", path);
-    uint32_t crc = (uint32_t)file[AT_CRC];
-    file[AT_CRC] = 0; // as it was when the checksum was taken
-    if (crc32(file, bytes) != crc) die(FAILED, "%s is damaged: its checksum is wrong", path);
+    if (!checksum_fits(file, bytes)) die(FAILED, "%s is damaged: its checksum is wrong", path);
 }
 
 // Builds m from folder/model.bin. Returns the file; the parameters follow its header.

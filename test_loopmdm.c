@@ -352,7 +352,7 @@ static void reference_parameters(Reference *r) {
 
     // The checksum stands for all of the initial parameters.
     init_parameters(params, r->config, r->seed);
-    int crc = (int)crc32(params, m->params.total * sizeof(float));
+    int crc = (int)crc32(0, params, m->params.total * sizeof(float));
     check("initial parameters, checksum", crc != *DUMP_INTS(d, 1, "init_crc"), 0, "%s", d->name);
 
     // The other checks begin with other parameters, at which no gradient is trivial.
@@ -2149,7 +2149,7 @@ static StateFile read_state(const char *path) {
     check("state.bin's size", bytes != 4 * (HEADER_INTS + parts * s.total), 0, "%s", path);
     uint32_t crc = (uint32_t)file[STATE_CRC];
     file[STATE_CRC] = 0;
-    check("state.bin's checksum", crc32(file, bytes) != crc, 0, "%s", path);
+    check("state.bin's checksum", crc32(0, file, bytes) != crc, 0, "%s", path);
     return s;
 }
 
@@ -2764,7 +2764,7 @@ static void check_no_space(void) {
     header[STATE_STEP] = 5;
     header[HEADER_INTS] = 0x7fc00000; // NaN
     header[STATE_CRC] = 0;
-    header[STATE_CRC] = (int)crc32(state, size);
+    header[STATE_CRC] = (int)crc32(0, state, size);
     check("copy", shell("cp -r small wrong"), 0, "a checkpoint");
     write_file("wrong/state.bin", state, size);
     fail(1, "the loss is not finite from the start",
@@ -2774,7 +2774,7 @@ static void check_no_space(void) {
           files_differ("wrong/log.csv", "small/log.csv"), 0, "NaN");
     header[STATE_STEP] = -5;
     header[STATE_CRC] = 0;
-    header[STATE_CRC] = (int)crc32(state, size);
+    header[STATE_CRC] = (int)crc32(0, state, size);
     write_file("wrong/state.bin", state, size);
     fail(1, "it is at step -5", "train " BASE "--steps 6 --ema 0.5 --out wrong --resume");
     free(state);
@@ -2822,7 +2822,7 @@ static void check_command_line(void) {
 // =================================================================================================
 
 static void print_checksum(const char *what, int k, const void *data, size_t bytes) {
-    printf("digest %d %s %08x\n", k, what, crc32(data, bytes));
+    printf("digest %d %s %08x\n", k, what, crc32(0, data, bytes));
     fflush(stdout); // who compares two of them can stop at the first line that differs
 }
 

@@ -555,6 +555,11 @@ static Data open_data(const char *pattern, int vocab_size, int T) {
     return data_open(paths, n, vocab_size, T);
 }
 
+static void write_file(const char *path, const void *data, size_t bytes) {
+    FILE *file = file_begin(path);
+    file_end(file, path, file && fwrite(data, 1, bytes, file) == bytes);
+}
+
 // ---- what training writes into --out ----
 
 static const char *const model_files[] = {"/model.bin", "/state.bin", "/tokenizer.bin", "/log.csv"};
@@ -575,16 +580,11 @@ enum { STATE_MAGIC = 20260526, STATE_VERSION = 3 }; // 3: attproj and fcproj lea
 
 static void state_save(const Model *m, const char *folder, const State *state) {
     const float *parts[] = {m->params.data, m->moment1.data, m->moment2.data, m->ema.data};
-    size_t n = m->params.total, bytes = 4 * (HEADER_INTS + (3 + state->has_average) * n);
-    int *file = (int *)allocate(bytes, 1, "a checkpoint");
-    memcpy(file, state, sizeof *state);
-    for (int i = 0; i < 3 + state->has_average; i++)
-        read_memory(file + HEADER_INTS + i * n, parts[i], 4 * n);
-    file[AT_CRC] = (int)crc32(file, bytes); // taken while its own place is zero
+    int header[HEADER_INTS] = {0};
+    memcpy(header, state, sizeof *state);
     char *path = concat(folder, "/state.bin");
-    write_file(path, file, bytes);
+    checkpoint_save(path, header, parts, 3 + state->has_average, m->params.total);
     free(path);
-    free(file);
 }
 
 static const State *state_open(const char *path) {
@@ -619,9 +619,7 @@ static int model_is_of(const char *path, int step) {
         header_number(path, HEADER_INTS - 1) != 0) // -1: it is too short
         return 0;
     int *file = map_file(path, MODEL_MAGIC, 0, "model", &bytes);
-    uint32_t crc = (uint32_t)file[AT_CRC];
-    file[AT_CRC] = 0; // as it was when the checksum was taken
-    int whole = crc32(file, bytes) == crc;
+    int whole = checksum_fits(file, bytes);
     munmap(file, bytes);
     return whole;
 }

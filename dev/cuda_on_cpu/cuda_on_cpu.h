@@ -843,7 +843,7 @@ inline void must_be_aligned(const char *what, const void *p, int line) {
 // The fragments of mma.m16n8k16 in lane 4g + q:
 //   pair a[r] is row g + 8 (r % 2), columns 2q + 8 (r / 2) and the next, of A (16,16)
 //   pair b[r] is rows 2q + 8r and the next, column g, of B (16,8)
-//   d[2r], d[2r + 1] is row g + 8r, columns 2q and 2q + 1, of D (16,8)
+//   d[2r], d[2r + 1] is row g + 8r, columns 2q and 2q + 1, of D (16,8): see lane_result()
 inline float2 pair(const uint32_t *f, int r) {
     return {__uint_as_float(f[r] << 16), __uint_as_float(f[r] & 0xFFFF0000)};
 }
@@ -857,8 +857,8 @@ inline float lane_result(const float d[16][8], int lane, int r) {
     return d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
 }
 
-// d (16,8) = A (16,16) B (16,8); rows of B are ld apart. Four rows at a time: their sums do not wait
-// for each other. No sanitizer looks at it: its arrays are the emulation's own.
+// d (16,8) = A (16,16) B (16,8); rows of B are ld apart. Four rows at a time: their sums do not
+// wait for each other. No sanitizer looks at it: its arrays are the emulation's own.
 __attribute__((no_sanitize("address", "undefined")))
 inline void product(float d[16][8], const float a[16][16], const float *b, int ld) {
 #ifdef __AVX__

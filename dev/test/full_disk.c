@@ -52,6 +52,13 @@ static ssize_t write_output(void *cookie, const char *data, size_t bytes) {
     return written < 0 ? 0 : written; // 0 is an error too
 }
 
+// It writes nothing, so a full disk does not hinder it.
+static int seek_output(void *cookie, off64_t *offset, int from) {
+    Output *o = cookie;
+    *offset = lseek(o->file, *offset, from);
+    return *offset < 0 ? -1 : 0;
+}
+
 // Over a network close() may be the first to say that there was no room, unless fsync() was before.
 static int close_output(void *cookie) {
     Output *o = cookie;
@@ -71,7 +78,7 @@ FILE *fopen(const char *path, const char *mode) {
     if (!o) abort();
     if (fails() || (o->file = open(path, flags, 0666)) < 0) return NULL;
     o->dirty = 0;
-    cookie_io_functions_t functions = {NULL, write_output, NULL, close_output};
+    cookie_io_functions_t functions = {NULL, write_output, seek_output, close_output};
     return o->stream = fopencookie(o, mode, functions);
 }
 

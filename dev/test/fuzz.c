@@ -199,7 +199,7 @@ static void spoil(File *f) {
 static void seal(File *f) {
     int *header = (int *)f->bytes;
     header[AT_CRC] = 0;
-    header[AT_CRC] = (int)crc32(f->bytes, f->size);
+    header[AT_CRC] = (int)crc32(0, f->bytes, f->size);
 }
 
 // Gives a checkpoint the size that its header asks for, if that is possible and small.
