@@ -14,12 +14,22 @@
 # make studies              kernels from naive to fast (dev/cuda), checked on the CPU
 # make studies_cuda         the same, checked and timed on a GPU
 #
+# MPI=1 builds for several processes, with mpicc; NCCL=1 for several GPUs, or both: dev/COMMANDS.md
 # OPENMP= builds for one thread. ARCH= builds for any CPU of this kind, not just this one.
 # GPU=sm_80 builds for another GPU than the one that is here, GPU=sm_90a for an H100 or H200.
 
 CC ?= cc
 CXX ?= g++
 NVCC ?= nvcc
+ifeq ($(MPI),1)
+CC = mpicc
+CXX = mpicxx
+PROCESSES = -DMPI=1
+NVCC_PROCESSES = -ccbin mpicxx
+endif
+ifeq ($(NCCL),1)
+NVCC_PROCESSES += -DNCCL=1 $(NCCL_HOME:%=-I%/include -L%/lib) -lnccl
+endif
 WARNINGS = -Wall -Wextra -Werror
 # -ffp-contract=fast makes a*b+c one instruction. The other two let the compiler use vectors for
 # square roots and comparisons.
@@ -33,8 +43,8 @@ OMP_MAIN := $(HASH)include <omp.h>@int main(void) { return omp_get_max_threads()
 ARCH := $(call works,$(CC) -x c,-march=native,$(MAIN))
 OPENMP := $(call works,$(CC) -x c,-fopenmp,$(OMP_MAIN))
 OPENMP_CXX := $(if $(OPENMP),$(call works,$(CXX) -x c++,-fopenmp,$(OMP_MAIN)))
-CFLAGS = -std=c11 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS)
-CXXFLAGS = -std=c++17 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP_CXX) $(WARNINGS)
+CFLAGS = -std=c11 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP) $(WARNINGS) $(PROCESSES)
+CXXFLAGS = -std=c++17 -I. -O3 $(FLOATS) $(ARCH) $(OPENMP_CXX) $(WARNINGS) $(PROCESSES)
 PRECISION = bf16
 BF16_fp32 = 0
 BF16_bf16 = 1
@@ -47,7 +57,7 @@ PRECISION_bf16 = -DBF16=1 -DHOPPER=$(if $(filter sm_90a,$(GPU)),1,0)
 PRECISION_profile = $(PRECISION_bf16) -DPROFILE=1
 ARCH_sm_90a = -gencode=arch=compute_90a,code=sm_90a
 NVCCFLAGS = -O3 -std=c++17 -I. $(or $(ARCH_$(GPU)),-arch=$(GPU)) --Werror all-warnings \
-	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas"
+	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas" $(PROCESSES) $(NVCC_PROCESSES)
 
 # A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. That can cost nearly
 # all speed when other programs need the cores, so it sleeps sooner. ./loopmdm sees to that itself;

@@ -71,6 +71,8 @@ Results do not depend on the number of threads, not even in the last bit.
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
 enum { FAILED = 1, USAGE = 2 }; // exit status
+static char who[32] = "loopmdm"; // says what is wrong
+static int rank, ranks = 1; // this process and all that train one model: see train_gradient()
 
 // Prints one line that says what is wrong, with which file or option, and what to do. Exits.
 __attribute__((format(printf, 2, 3), noreturn))
@@ -82,7 +84,8 @@ static void die(int status, const char *format, ...) {
     va_end(args);
     for (char *c = line; *(c += strcspn(c, "\n\r"));) *c = ' '; // a name may hold a line end
     fflush(stdout); // what was printed before comes first
-    fprintf(stderr, "loopmdm: %s\n", line);
+    for (int i = 0; rank > 0 && i < 30; i++) usleep(100000); // rank 0 may say it first and end all
+    fprintf(stderr, "%s: %s\n", who, line);
     exit(status);
 }
 
@@ -306,8 +309,7 @@ static int draw_loops(int max_loops, uint64_t seed, uint64_t step) {
     return 1 + (int)(random_uniform(seed, STREAM_LOOPS, step, 0) * max_loops);
 }
 
-// How the sampler (section 7) draws a token from softmax(logits / temperature), and how it scores
-// a position. It stands here because loopmdm.cu needs it too.
+// How the sampler draws a token from softmax(logits / temperature), and how it scores a position.
 enum { SCORE_PROBABILITY, SCORE_MARGIN, SCORE_ENTROPY }; // p of token; 1st - 2nd p; -entropy
 typedef struct {
     double temperature; // 0: always the likeliest token
@@ -1070,6 +1072,9 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
 typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step, B (a divisor) at a time
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
+// For several processes (dev/processes.h): these add up what all have, and then all have the sum.
+static void (*reduce_gradients)(Model *m, Gradient *g), (*reduce)(double *x, int n);
+
 // Adds the gradient of step number step (from 0) with S loops to m->grads. The step takes random
 // sequences of the data, each with its own noise.
 static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int S) {
@@ -1079,9 +1084,10 @@ static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int
     int *given = targets + (size_t)B * T;
     Gradient g = {0, 0, 0, 0};
 
-    // B sequences at a time. The noise of a sequence depends only on its number in the step. So B
-    // changes only the rounding of sums.
-    for (int first = 0; first < r.sequences; first += B) {
+    // A process takes its share of the sequences, B at a time. The noise of a sequence depends only
+    // on its number in the step. So B and processes change only the rounding of sums.
+    int share = r.sequences / ranks, end = (rank + 1) * share;
+    for (int first = rank * share; first < end; first += B) {
         Noise noise = {r.seed, (uint64_t)step, first, r.sequences};
         for (int b = 0; b < B; b++) {
             uint64_t index = random_bits(r.seed, STREAM_BATCH, step, first + b) % available;
@@ -1093,6 +1099,7 @@ static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int
         g.loss += model_loss(m, 1);
         model_backward(m);
     }
+    if (ranks > 1) reduce_gradients(m, &g);
     g.norm = gradient_norm(m);
     free(targets);
     return g;
@@ -1125,7 +1132,7 @@ static Noise evaluation_batch(Model *m, const Data *d, int *targets, int *given,
     return noise;
 }
 
-typedef struct { double nelbo, error, loops; } Evaluation; // error: the NELBO's standard error
+typedef struct { double nelbo, error; } Evaluation; // error: the NELBO's standard error
 
 // The NELBO of n sequences, in nats per token; nelbo (n) is each sequence's. The masks depend only
 // on seed and n, so each S and each model of the same T sees the same ones.
@@ -1134,17 +1141,17 @@ static Evaluation evaluate(Model *m, const Data *d, Loops loops, int n, int B, u
     int T = m->config.max_seq_len;
     int *targets = (int *)allocate((size_t)B * (T + 2), sizeof(int), "a batch");
     int *given = targets + (size_t)B * T, *used = given + B;
-    Evaluation e = {0, 0, 0};
-    for (int first = 0; first < n; first += B) {
+    Evaluation e = {0, 0};
+    memset(nelbo, 0, n * sizeof(double)); // of other processes' sequences
+    for (int first = rank * B; first < n; first += ranks * B) {
         int size = min_int(B, n - first);
         evaluation_batch(m, d, targets, given, first, size, n, seed);
         forward_loops(m, loops, used);
         model_loss(m, 0);
-        for (int b = 0; b < size; b++) {
+        for (int b = 0; b < size; b++)
             nelbo[first + b] = m->sequence_loss[b] * n; // the weights divide by n
-            e.loops += used[b] / (double)n;
-        }
     }
+    if (ranks > 1) reduce(nelbo, n);
 
     for (int r = 0; r < n; r++) e.nelbo += nelbo[r] / n;
     for (int r = 0; r < n; r++) e.error += pow(nelbo[r] - e.nelbo, 2) / (n - 1); // NaN if n = 1
@@ -1287,8 +1294,7 @@ static int *map_file(const char *path, int magic, int version, const char *kind,
     if (map[0] != magic)
         die(FAILED, "%s is not a %s: its first number is %d, not %d", path, kind, map[0], magic);
     if (version && map[1] != version)
-        die(FAILED, "%s is a %s of version %d; this program reads version %d", path, kind, map[1],
-            version);
+        die(FAILED, "%s: version %d of a %s; known is %d", path, map[1], kind, version);
     return map;
 }
 
@@ -1297,17 +1303,16 @@ static Data data_open(const char *const *paths, int n, int vocab_size, int T) {
     Data d = {(Shard *)allocate(n, sizeof(Shard), "shards"), n, 1, -1};
     for (int i = 0; i < n; i++) {
         size_t bytes;
-        const char *path = paths[i];
-        const int *file = map_file(path, SHARD_MAGIC, 1, "token shard", &bytes);
+        const int *file = map_file(paths[i], SHARD_MAGIC, 1, "token shard", &bytes);
         Shard s = {(const uint16_t *)(file + HEADER_INTS), file[2]};
         bytes -= 4 * HEADER_INTS;
         if (s.count < 0 || bytes != 2 * (size_t)s.count)
             die(FAILED, "%s is damaged: its header says %lld tokens of 2 bytes; %zu bytes follow",
-                path, (long long)s.count, bytes);
+                paths[i], (long long)s.count, bytes);
         for (int64_t j = 0; j < s.count; j++) // a wrong tokenizer would give nonsense
             if (s.tokens[j] >= vocab_size)
                 die(FAILED, "%s: token %lld is %d, outside the vocabulary of %d: was it made with "
-                    "another tokenizer?", path, (long long)j, s.tokens[j], vocab_size);
+                    "another tokenizer?", paths[i], (long long)j, s.tokens[j], vocab_size);
         d.shards[i] = s;
     }
     if (!data_sequences(&d, T, 1))
@@ -1434,9 +1439,7 @@ static void train(void) {
     Model m;
     model_build(&m, c);
     model_reserve(&m, B, c.max_seq_len, c.max_loops, 1, 0); // for training, without recompute
-    float *params = (float *)allocate(m.params.total, sizeof(float), "the parameters");
-    init_parameters(params, c, batches.seed);
-    model_set_parameters(&m, params); // a GPU has memory of its own
+    init_parameters(m.params.data, c, batches.seed);
     if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(c.max_loops, batches.seed, step);

@@ -104,7 +104,10 @@ HOST_DEVICE static inline int blocks(size_t n, int each) { return (int)((n + eac
 
 static const cudaDeviceProp *this_gpu() {
     static cudaDeviceProp gpu;
-    if (!gpu.major) cuda_check(cudaGetDeviceProperties(&gpu, 0), "the GPU's properties");
+    int device;
+    if (gpu.major) return &gpu;
+    cuda_check(cudaGetDevice(&device), "the GPU"); // of several processes each has its own
+    cuda_check(cudaGetDeviceProperties(&gpu, device), "the GPU's properties");
     return &gpu;
 }
 

@@ -256,10 +256,13 @@ static void print_help(int command) {
     }
 }
 
+static int ends_well; // the program ends, and not by die(): for dev/processes.h
+
 // Ends the program, after it has made sure that what it printed has arrived.
 __attribute__((noreturn)) static void finish(void) {
     if (fflush(stdout) || ferror(stdout))
         die(FAILED, "cannot write to standard output: %s", strerror(errno));
+    ends_well = 1;
     exit(0);
 }
 
@@ -1048,6 +1051,7 @@ typedef struct {
     int loss_count;
 } Training;
 
+#include "processes.h" // of one model
 static volatile sig_atomic_t interrupted; // the signal's number
 
 // A second Ctrl-C ends the program at once. But a terminal that is closed may send SIGHUP twice.
@@ -1059,6 +1063,7 @@ static void on_interrupt(int number) {
 static void catch_interrupts(void) {
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
+    if (ranks > 1) signal(SIGUSR1, on_interrupt); // mpirun hands it on and does not hurry
     if (signal(SIGHUP, on_interrupt) == SIG_IGN) signal(SIGHUP, SIG_IGN); // by nohup
     signal(SIGPIPE, SIG_IGN); // to write to a pipe that is closed is then an error
 }
@@ -1108,9 +1113,9 @@ static void train_open(Training *t) {
     // The model, without memory, and what a step takes.
     Config c = config_from_options(tokenizer ? tokenizer->vocab_size : opt_vocab);
     int T = c.max_seq_len;
-    if (fmax((double)opt_batch * opt_accum, opt_val_rows) * T > INT_MAX / 4)
+    if (fmax((double)opt_batch * opt_accum * ranks, opt_val_rows) * T > INT_MAX / 4)
         die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", T);
-    const Batches batches = {opt_seed, opt_batch * opt_accum, opt_batch};
+    const Batches batches = {opt_seed, opt_batch * opt_accum * ranks, opt_batch};
     const State start = {
         STATE_MAGIC, STATE_VERSION, c, 0, 0, batches.sequences, opt_seed, 0, opt_ema > 0, 0
     };
@@ -1209,8 +1214,9 @@ static void train_resume(Model *m, State *state) {
         die(USAGE, "--resume: this run was begun %s --ema",
             saved->has_average ? "with" : "without");
     if (saved->seed != state->seed || saved->sequences != state->sequences)
-        die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum = %d",
-            (unsigned long long)saved->seed, saved->sequences);
+        die(USAGE, "--resume: this run was begun with --seed %llu and --batch times --accum%s = %d",
+            (unsigned long long)saved->seed, ranks > 1 ? " times processes" : "",
+            saved->sequences);
     if (saved->step > opt_steps)
         die(USAGE, "--resume: %s is at step %d already, beyond --steps %d", path, saved->step,
             opt_steps);
@@ -1261,14 +1267,16 @@ static void print_training(const Training *t) {
     if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
     printf("\n");
     print_recipe();
+    if (ranks > 1) printf("%d processes, each of --batch times --accum sequences\n", ranks);
     printf("matrix products: %s\n", products);
     print_memory(&t->model);
 }
 
+// Only process 0 writes.
 static void train_begin(Training *t) {
-    lock_folder();
-    check_folder();
-    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 0);
+    if (rank == 0) lock_folder();
+    if (rank == 0) check_folder();
+    if (opt_tokenizer && rank == 0) copy_tokenizer(&t->tokenizer, 0);
     if (opt_resume) train_resume(&t->model, &t->state);
     else train_new(&t->model);
     t->saved = -1;
@@ -1276,10 +1284,13 @@ static void train_begin(Training *t) {
 
     char *path = concat(opt_out, "/model.bin");
     t->model_is_older = opt_resume && !model_is_of(path, t->begin);
+    processes_check(&t->model, t->data, t->val_data, t->begin);
+    any_process(&t->model_is_older, 1);
     if (t->model_is_older) check_loss(t);
     free(path);
-    t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
-    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 1);
+    if (rank > 0) t->log = fopen("/dev/null", "w");
+    else t->log = log_open(opt_out, t->begin, t->val_loops, t->num_val);
+    if (opt_tokenizer && rank == 0) copy_tokenizer(&t->tokenizer, 1);
     print_training(t);
 }
 
@@ -1311,14 +1322,15 @@ static void validate(Training *t) {
 static void save_checkpoint(Training *t) {
     int step = t->state.step;
     check_loss(t);
-    state_save(&t->model, opt_out, &t->state); // first: --resume can write model.bin from it
-    model_save(&t->model, opt_out, step);
+    // state.bin first: --resume can write model.bin from it
+    if (rank == 0) state_save(&t->model, opt_out, &t->state);
+    if (rank == 0) model_save(&t->model, opt_out, step);
     t->saved = step;
 }
 
 // What --resume began with has proved to be good.
 static void state_is_good(Training *t) {
-    if (t->model_is_older) model_save(&t->model, opt_out, t->begin);
+    if (t->model_is_older && rank == 0) model_save(&t->model, opt_out, t->begin);
     t->saved = t->begin;
 }
 
@@ -1347,7 +1359,7 @@ static void train_step(Training *t) {
 // What is printed, logged and saved after a step that took some seconds.
 static void report_step(Training *t, double took) {
     double now = seconds(), tokens = (double)t->state.sequences * t->model.config.max_seq_len;
-    int step = t->state.step, last = step == opt_steps, stop = interrupted;
+    int step = t->state.step, last = step == opt_steps;
     int validates = t->num_val && (step % opt_val_every == 0 || last); // Ctrl-C waits for it
     int every = min_int(200, max_int(1, opt_steps / 20)); // steps between printed lines
     fprintf(t->log, "%d,%d,%.6f,%.9g,%.9g,%.9g,%.0f,%.9g", step, t->S, t->gradient.mean_t,
@@ -1360,7 +1372,9 @@ static void report_step(Training *t, double took) {
     if (fflush(t->log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
 
     // What is learned is saved, even if nobody reads the output any more.
-    int lost = fflush(stdout) || ferror(stdout);
+    int ends[] = {interrupted, fflush(stdout) || ferror(stdout)};
+    any_process(ends, 2); // all processes save and stop at the same step
+    int stop = ends[0], lost = ends[1];
     if (step % opt_save_every == 0 || last || stop || lost) save_checkpoint(t);
     t->began += seconds() - now;  // neither validating nor saving counts in tokens/s
     if (lost) stop = interrupted; // a closed terminal's signal may come after the error
@@ -1370,7 +1384,8 @@ static void report_step(Training *t, double took) {
     if (stop && !last) {
         printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", step,
                opt_out);
-        exit(128 + stop); // 130 after Ctrl-C, as shells have it
+        ends_well = 1;
+        exit(128 + (interrupted ? interrupted : SIGTERM)); // 130 after Ctrl-C, as shells have it
     }
 }
 
@@ -1378,6 +1393,7 @@ static void train(void) {
     Training t;
     memset(&t, 0, sizeof t);
     check_train_options();
+    processes_begin();
     train_open(&t);
     train_begin(&t);
     catch_interrupts();
@@ -1483,16 +1499,17 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
            opt_adaptive ? "   tau  " : "", bits > 0 ? "  bits/byte" : "");
     for (int i = 0; i < n; i++) {
         double began = seconds();
+        memset(&work, 0, sizeof work);
         Evaluation e = evaluate(m, d, loops[i], opt_rows, m->max_B, opt_seed, nelbo);
-        // The mean over sequences: with --adaptive they differ.
-        double passes = num_passes(c, 0) + e.loops * (c.loop_end - c.loop_start);
+        double mean_loops = work.loops / work.sequences; // with --adaptive sequences differ
+        double passes = num_passes(c, 0) + mean_loops * (c.loop_end - c.loop_start);
         double gflop = (T * pass_flops(c, T, passes) + head) * 1e-9;
         double speed = (double)opt_rows * T / (seconds() - began);
 
         if (!isfinite(e.nelbo))
             die(FAILED, "--model: the loss of %s is %g at %d loops: its training went wrong",
                 opt_model, e.nelbo, loops[i].S);
-        if (opt_adaptive) printf("%6g  %5.2f  %6.2f", loops[i].tau, e.loops, passes);
+        if (opt_adaptive) printf("%6g  %5.2f  %6.2f", loops[i].tau, mean_loops, passes);
         else printf("%5d  %6.0f", loops[i].S, passes);
         printf("    %.4f +- ", e.nelbo);
         if (opt_rows > 1) printf("%.4f", e.error);
@@ -2567,8 +2584,9 @@ static void share_cores(char **argv) {
     int waits = !getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY"); // else the user has chosen
     int binds = !getenv("OMP_PROC_BIND") && !getenv("OMP_PLACES") && !getenv("GOMP_CPU_AFFINITY");
 
-    // Fewer threads than cores must not all be on the first cores, where other programs' are too.
-    if (omp_get_max_threads() != omp_get_num_procs()) binds = 0;
+    // Fewer threads than cores must not all be on the first cores, where other programs' are too,
+    // or other processes of this one.
+    if (omp_get_max_threads() != omp_get_num_procs() || ranks > 1) binds = 0;
     if (!waits && !binds) return;
 
     // Under valgrind, for example, self is another program.
@@ -2599,6 +2617,7 @@ int main(int argc, char **argv) {
     flush_subnormals();
     signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error, as a full disk is
     hold_standard_streams();
+    processes_known();
     forward_loops = counted_forward; // loopmdm.c's evaluate() and sample() call this one
     for (int i = 0; argc > 1 && i < NUM_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name)) continue;

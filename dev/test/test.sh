@@ -221,6 +221,7 @@ start alone alone
 start refused refused
 start fuzz sh -c 'make -s build/fuzz && build/fuzz 4000'
 start kill bash dev/test/kill.sh 20
+start processes env ARCH="$ARCH" OPENMP="$OPENMP" bash dev/test/processes.sh
 start full_disk bash dev/test/full_disk.sh
 start make_train make_train
 start bench bench
