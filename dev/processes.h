@@ -15,6 +15,7 @@ or NCCL: it depends on their number, not on chance.
 #if !MPI && !NCCL
 static void processes_known(void) {}
 static void processes_begin(void) {}
+static void processes_end(void) {}
 static void processes_check(Model *m, Data data, Data val_data, int step) {
     (void)m;
     (void)data;
@@ -105,6 +106,7 @@ static void share_id(ncclUniqueId *id) {
     }
     if (length >= PATH_MAX) die(USAGE, "--out: %s is too long", opt_out);
     if (rank == 0) {
+        if (!opt_resume) make_folders(opt_out);
         nccl_check(ncclGetUniqueId(id), "an id");
         write_file(path, id, sizeof *id);
     }
@@ -174,13 +176,25 @@ static void sum_over_processes(Model *m, Gradient *g) {
     reduce_floats(m->grads.data, m->grads.total);
 }
 
-// A process that ends by die() ends all. They would wait for it for ever.
 static void processes_end(void) {
+#if NCCL
+    if (communicator) ncclCommDestroy(communicator);
+#endif
 #if MPI
-    if (!ends_well) MPI_Abort(MPI_COMM_WORLD, FAILED);
-    MPI_Finalize();
+    int begun;
+    MPI_Initialized(&begun);
+    if (begun) MPI_Finalize();
 #endif
 }
+
+#if MPI
+// After die(): the others would wait for this process for ever.
+static void end_all(void) {
+    int ended;
+    MPI_Finalized(&ended);
+    if (!ended) MPI_Abort(MPI_COMM_WORLD, FAILED);
+}
+#endif
 
 // Joins the others. From here on `rank` and `ranks` are right, and only process 0 prints.
 static void processes_begin(void) {
@@ -190,7 +204,7 @@ static void processes_begin(void) {
     MPI_Comm_rank(MPI_COMM_WORLD, &number);
     MPI_Comm_size(MPI_COMM_WORLD, &of);
     set_rank(number, of);
-    atexit(processes_end);
+    atexit(end_all);
 #endif
     if (ranks == 1) return;
 #if NCCL

@@ -256,13 +256,13 @@ static void print_help(int command) {
     }
 }
 
-static int ends_well; // the program ends, and not by die(): for dev/processes.h
+static void processes_end(void); // dev/processes.h: they end together, and not by die()
 
 // Ends the program, after it has made sure that what it printed has arrived.
 __attribute__((noreturn)) static void finish(void) {
     if (fflush(stdout) || ferror(stdout))
         die(FAILED, "cannot write to standard output: %s", strerror(errno));
-    ends_well = 1;
+    processes_end();
     exit(0);
 }
 
@@ -1384,7 +1384,7 @@ static void report_step(Training *t, double took) {
     if (stop && !last) {
         printf("stopped after step %d; the checkpoint is in %s, --resume continues\n", step,
                opt_out);
-        ends_well = 1;
+        processes_end();
         exit(128 + (interrupted ? interrupted : SIGTERM)); // 130 after Ctrl-C, as shells have it
     }
 }

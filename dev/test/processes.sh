@@ -83,6 +83,26 @@ train 1 loopmdm_on_cpu $fifty --batch 4 --out "$folder/gpu_one"
 train 2 loopmdm_on_cpu $fifty --batch 2 --out "$folder/gpu_two"
 close "loopmdm.cu: 2 processes of 2 sequences, and 4 sequences" 1e-5 50 gpu_one gpu_two
 
+# NCCL without MPI, as torchrun starts it; dev/cuda_on_cpu/nccl.h stands for NCCL
+g++ -x c++ -std=c++17 -O1 $options -DNCCL=1 -Idev/cuda_on_cpu -DBF16=0 \
+    -DBACKEND='"build/loopmdm_on_cpu.cpp"' dev/tools.c -o "$folder/loopmdm_nccl"
+check "loopmdm.cu for the CPU is built with NCCL's functions" $?
+torchrun() { # GPUS ARGUMENTS...: 2 processes
+    local i
+    export WORLD_SIZE=2 MASTER_PORT=1234 CUDA_ON_CPU_DEVICES=$1
+    for i in 1 0; do
+        RANK=$i LOCAL_RANK=$i "$folder/loopmdm_nccl" train $recipe "${@:2}" >"$folder/said_$i" \
+            2>&1 &
+    done
+    wait
+    unset WORLD_SIZE MASTER_PORT CUDA_ON_CPU_DEVICES
+}
+torchrun 2 $fifty --batch 2 --out "$folder/new/nccl"
+close "NCCL: 2 processes of 2 sequences, and 4 sequences" 1e-5 50 gpu_one new/nccl
+[ ! -s "$folder/said_1" ] && [ "$(ls "$folder/new")" = nccl ]
+check "rank 1 prints nothing, and no file is left" $?
+same "NCCL and MPI give the same bits" gpu_two new/nccl
+
 # A process is killed, the run goes on, is stopped, and goes on: nothing shows it in the end.
 long="$validates --val-every 600 --steps 1200 --save-every 200 --batch 4"
 train 2 loopmdm $long --out "$folder/unbroken"
