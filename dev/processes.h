@@ -147,13 +147,14 @@ static void reduce_by_mpi(double *x, int n) {
     MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
+// In pieces of 1 MiB, which stay in the caches: d12's 474 MiB at once took three times as long.
 static void reduce_floats(float *x, size_t n) { // x: in the model's memory
-    const size_t piece = 1 << 20; // 4 MiB; the sum's order must not depend on the model's size
+    enum { PIECE = 1 << 18 };
 #ifdef BACKEND
-    static float copy[1 << 20];
+    static float copy[PIECE];
 #endif
-    for (size_t i = 0; i < n; i += piece) {
-        int size = (int)(n - i < piece ? n - i : piece);
+    for (size_t i = 0; i < n; i += PIECE) {
+        int size = (int)(n - i < PIECE ? n - i : PIECE);
 #ifdef BACKEND
         read_memory(copy, x + i, size * sizeof(float));
         MPI_Allreduce(MPI_IN_PLACE, copy, size, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
@@ -167,16 +168,24 @@ static void reduce_floats(float *x, size_t n) { // x: in the model's memory
 
 // ---- the same for both ----
 
+static double summing; // seconds: the sums themselves, and waiting for slower processes
+static int num_sums;
+
 static void sum_over_processes(Model *m, Gradient *g) {
+    double began = seconds();
     double numbers[] = {(double)g->masked, g->loss, g->mean_t};
     reduce(numbers, COUNT(numbers));
     g->masked = (int)numbers[0];
     g->loss = numbers[1];
     g->mean_t = numbers[2];
     reduce_floats(m->grads.data, m->grads.total);
+    summing += seconds() - began;
+    num_sums++;
 }
 
 static void processes_end(void) {
+    if (num_sums)
+        printf("sums over processes: %.2f ms a step, with waiting\n", 1e3 * summing / num_sums);
 #if NCCL
     if (communicator) ncclCommDestroy(communicator);
 #endif

@@ -260,9 +260,9 @@ static void processes_end(void); // dev/processes.h: they end together, and not 
 
 // Ends the program, after it has made sure that what it printed has arrived.
 __attribute__((noreturn)) static void finish(void) {
+    processes_end();
     if (fflush(stdout) || ferror(stdout))
         die(FAILED, "cannot write to standard output: %s", strerror(errno));
-    processes_end();
     exit(0);
 }
 

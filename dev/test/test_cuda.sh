@@ -193,17 +193,22 @@ errors() {
 }
 
 # nvcc_compiles BF16 GENERATION...: nvcc compiles for these generations of GPUs without a warning.
+# For 80 with NCCL, where its header is.
 nvcc_compiles() {
-    local ok=0 bad=0 arch gpus=()
+    local ok=0 bad=0 arch gpus=() folder with=""
     for arch in "${@:2}"; do
         gpus+=(-gencode "arch=compute_$arch,code=sm_$arch")
     done
     local hopper=0 log=$work/nvcc_$1_$2.log
     [ "$2" = 90a ] && hopper=1
+    for folder in ${NCCL_HOME:-} .venv/lib/python3*/site-packages/nvidia/nccl; do
+        [ "$2" = 80 ] && [ -f "$folder/include/nccl.h" ] && with="-DNCCL=1 -I$folder/include"
+    done
+    [ "$2" = 80 ] && [ -z "$with" ] && echo "no nccl.h in NCCL_HOME or .venv: without NCCL"
     $NVCC -x cu -O3 -std=c++17 -I. "${gpus[@]}" --Werror all-warnings \
-        -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper \
+        -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper $with \
         -Xptxas -v -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
-    check "$NVCC for sm_${*:2}, BF16=$1" $?
+    check "$NVCC for sm_${*:2}, BF16=$1 ${with%% *}" $?
     python3 dev/cuda/resources.py "$log" >/dev/null
     check "resources.py makes a table of it" $?
     if [ $hopper = 1 ]; then # ptxas says it if products of wgmma will wait for each other
