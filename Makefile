@@ -14,7 +14,7 @@
 # make studies              kernels from naive to fast (dev/cuda), checked on the CPU
 # make studies_cuda         the same, checked and timed on a GPU
 #
-# MPI=1 builds for several processes, with mpicc; NCCL=1 for several GPUs, or both: dev/COMMANDS.md
+# MPI=1 builds for several processes, with mpicc; NCCL=1 for several GPUs: dev/COMMANDS.md says how.
 # OPENMP= builds for one thread. ARCH= builds for any CPU of this kind, not just this one.
 # GPU=sm_80 builds for another GPU than the one that is here, GPU=sm_90a for an H100 or H200.
 
@@ -28,7 +28,7 @@ PROCESSES = -DMPI=1
 NVCC_PROCESSES = -ccbin mpicxx
 endif
 ifeq ($(NCCL),1)
-NVCC_PROCESSES += -DNCCL=1 $(NCCL_HOME:%=-I%/include -L%/lib) -lnccl
+NVCC_PROCESSES += -DNCCL=1 $(NCCL_HOME:%=-I%/include -L%/lib -Xlinker -rpath=%/lib) -lnccl
 endif
 WARNINGS = -Wall -Wextra -Werror
 # -ffp-contract=fast makes a*b+c one instruction. The other two let the compiler use vectors for
@@ -86,6 +86,7 @@ FORCE:
 loopmdm: $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm
 	@$(if $(OPENMP),,echo 'Built without OpenMP: $@ uses one thread.')
+	@$(if $(filter 1,$(NCCL)),echo 'NCCL=1 is for loopmdm_cuda. On CPUs MPI=1 does it.')
 
 build/test_loopmdm: test_loopmdm.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) $< -o $@ -lm

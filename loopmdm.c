@@ -71,8 +71,8 @@ Results do not depend on the number of threads, not even in the last bit.
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
 enum { FAILED = 1, USAGE = 2 }; // exit status
-static char who[32] = "loopmdm"; // says what is wrong
-static int rank, ranks = 1; // this process and all that train one model: see train_gradient()
+static char program_name[32] = "loopmdm"; // begins an error's line
+static int rank, ranks = 1; // this process, from 0, of those that train one model
 
 // Prints one line that says what is wrong, with which file or option, and what to do. Exits.
 __attribute__((format(printf, 2, 3), noreturn))
@@ -84,8 +84,8 @@ static void die(int status, const char *format, ...) {
     va_end(args);
     for (char *c = line; *(c += strcspn(c, "\n\r"));) *c = ' '; // a name may hold a line end
     fflush(stdout); // what was printed before comes first
-    for (int i = 0; rank > 0 && i < 30; i++) usleep(100000); // rank 0 may say it first and end all
-    fprintf(stderr, "%s: %s\n", who, line);
+    for (int i = 0; rank > 0 && i < 30; i++) usleep(100000); // if all fail alike, rank 0 ends all
+    fprintf(stderr, "%s: %s\n", program_name, line);
     exit(status);
 }
 
@@ -1069,14 +1069,14 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * done)));
 }
 
-typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step, B (a divisor) at a time
+typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step; B divides each share
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
-// For several processes (dev/processes.h): these add up what all have, and then all have the sum.
+// For several processes (dev/processes.h): these add up what all have, and all get the sum.
 static void (*reduce_gradients)(Model *m, Gradient *g), (*reduce)(double *x, int n);
 
-// Adds the gradient of step number step (from 0) with S loops to m->grads. The step takes random
-// sequences of the data, each with its own noise.
+// Adds the gradient of step number step (from 0) with S loops to m->grads, which are zero. The step
+// takes random sequences of the data, each with its own noise.
 static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int S) {
     int T = m->config.max_seq_len, B = r.B;
     uint64_t available = (uint64_t)data_sequences(d, T, d->stride);
@@ -1339,7 +1339,7 @@ static uint32_t crc32(uint32_t crc, const void *data, size_t n) {
     return ~crc;
 }
 
-// Writes a file of a header and of parts (n) of the model's memory.
+// Writes a header, with a checksum, and parts of n floats each, which are in the model's memory.
 static void checkpoint_save(const char *path, const int *header, const float *const *parts,
                             int num_parts, size_t n) {
     size_t bytes = 4 * (HEADER_INTS + num_parts * n);

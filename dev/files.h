@@ -17,15 +17,17 @@ static FILE *file_begin(const char *path) {
     check_regular(path);
     char *temporary = concat(path, ".tmp");
     FILE *file = fopen(temporary, "wb");
+    int error = errno;
     free(temporary);
+    errno = error;
     return file; // if NULL, file_end() says why
 }
 
 static void file_end(FILE *file, const char *path, int ok) {
-    char *temporary = concat(path, ".tmp");
     ok = ok && !fflush(file) && !fsync(fileno(file));
     int error = ok ? 0 : max_int(1, errno);
     if (file) fclose(file);
+    char *temporary = concat(path, ".tmp");
     if (ok && rename(temporary, path)) error = errno;
     if (error) unlink(temporary);
     free(temporary);
@@ -54,15 +56,16 @@ static uint32_t crc32(uint32_t crc, const void *data, size_t n) {
     return ~crc;
 }
 
-// As in loopmdm.c, but parts may be in a GPU's memory. It copies 4 MiB at a time: no second model
-// needs to fit into memory.
-static void checkpoint_save(const char *path, int *header, const float *const *parts, int num_parts,
-                            size_t n) {
+// As in loopmdm.c. It copies 4 MiB at a time: no second model needs to fit into memory.
+static void checkpoint_save(const char *path, const int *header, const float *const *parts,
+                            int num_parts, size_t n) {
     const size_t piece = 1 << 20;
     float *copy = (float *)allocate(piece, sizeof(float), "a checkpoint");
-    uint32_t crc = crc32(0, header, 4 * HEADER_INTS); // taken while its own place is zero
+    int first[HEADER_INTS];
+    memcpy(first, header, sizeof first);
+    uint32_t crc = crc32(0, first, sizeof first); // taken while its own place is zero
     FILE *file = file_begin(path);
-    int ok = file && fwrite(header, 4, HEADER_INTS, file) == HEADER_INTS;
+    int ok = file && fwrite(first, 4, HEADER_INTS, file) == HEADER_INTS;
     for (size_t i = 0; ok && i < num_parts * n;) {
         size_t at = i % n, size = n - at < piece ? n - at : piece;
         read_memory(copy, parts[i / n] + at, 4 * size);
@@ -70,8 +73,8 @@ static void checkpoint_save(const char *path, int *header, const float *const *p
         ok = fwrite(copy, 4, size, file) == size;
         i += size;
     }
-    header[AT_CRC] = (int)crc;
-    ok = ok && !fseek(file, 0, SEEK_SET) && fwrite(header, 4, HEADER_INTS, file) == HEADER_INTS;
+    first[AT_CRC] = (int)crc;
+    ok = ok && !fseek(file, 0, SEEK_SET) && fwrite(first, 4, HEADER_INTS, file) == HEADER_INTS;
     file_end(file, path, ok);
     free(copy);
 }

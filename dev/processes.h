@@ -9,24 +9,9 @@ from that sum, so it is the same everywhere: noise, S, learning rate, clipping, 
 also prints and writes the files.
 
 A process adds up its own batches first, in order. The order of the sum over processes is up to MPI
-or NCCL: it depends on their number, not on chance.
+or NCCL. With the same library, machines and number of processes it is the same each time.
 */
 #pragma once
-#if !MPI && !NCCL
-static void processes_known(void) {}
-static void processes_begin(void) {}
-static void processes_end(void) {}
-static void processes_check(Model *m, Data data, Data val_data, int step) {
-    (void)m;
-    (void)data;
-    (void)val_data;
-    (void)step;
-}
-static void any_process(int *yes, int n) {
-    (void)yes;
-    (void)n;
-}
-#else
 #if MPI
 #define OMPI_SKIP_MPICXX 1 // not the old C++ functions
 #define MPICH_SKIP_MPICXX 1
@@ -36,32 +21,37 @@ static void any_process(int *yes, int n) {
 #include <nccl.h>
 #endif
 
-// The first of these variables of the environment that is set, as a number; or `otherwise`.
-static int from_environment(const char *const *names, int n, int otherwise) {
-    for (int i = 0; i < n; i++)
-        if (getenv(names[i])) return atoi(getenv(names[i]));
-    return otherwise;
-}
-
-// By torchrun, Slurm, Open MPI, and others that start MPI's programs
-static const char *const rank_names[] = {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK",
-                                         "PMI_RANK"};
-static const char *const ranks_names[] = {"WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE",
-                                          "PMI_SIZE"};
-static const char *const local_names[] = {"LOCAL_RANK", "SLURM_LOCALID",
-                                          "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"};
+#if MPI || NCCL
+// A launcher says by these variables which process this is, of how many, and which of its machine.
+static const char *const launchers[][3] = {
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK"}, // torchrun
+    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"}, // Open MPI
+    {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"}, // MPICH and its relatives
+    {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"}, // srun
+};
+static int local_rank;
 
 static void set_rank(int number, int of) {
+    if (number < 0 || number >= of)
+        die(USAGE, "the environment says that this is process %d of %d", number, of);
     rank = number;
     ranks = of;
-    if (ranks > 1) snprintf(who, sizeof who, "loopmdm: rank %d", rank);
+    strcpy(program_name, "loopmdm");
+    if (of > 1) snprintf(program_name, sizeof program_name, "loopmdm: rank %d", rank);
 }
 
-// Before the options are read: so that a wrong one is said once.
-static void processes_known(void) {
-    int of = from_environment(ranks_names, COUNT(ranks_names), 1);
-    if (of > 1) set_rank(from_environment(rank_names, COUNT(rank_names), 0), of);
+// Before options are read: so that a wrong one is said once, by rank 0.
+static void rank_from_environment(void) {
+    for (int i = 0; i < COUNT(launchers); i++) {
+        const char *number = getenv(launchers[i][0]), *of = getenv(launchers[i][1]);
+        const char *local = getenv(launchers[i][2]);
+        if (!number || !of) continue;
+        set_rank(atoi(number), atoi(of));
+        local_rank = local ? atoi(local) : 0;
+        return;
+    }
 }
+#endif
 
 #if NCCL
 // ---- NCCL: the sums on the GPUs ----
@@ -73,7 +63,7 @@ static void nccl_check(ncclResult_t result, const char *what) {
         die(FAILED, "NCCL, %s: %s (NCCL_DEBUG=INFO says more)", what, ncclGetErrorString(result));
 }
 
-static void reduce_by_nccl(double *x, int n) {
+static void reduce_numbers(double *x, int n) {
     static double *on_gpu;
     static int room;
     if (n > room) {
@@ -82,79 +72,93 @@ static void reduce_by_nccl(double *x, int n) {
         room = n;
     }
     write_memory(on_gpu, x, n * sizeof(double));
-    nccl_check(ncclAllReduce(on_gpu, on_gpu, n, ncclDouble, ncclSum, communicator, 0), "a sum");
+    nccl_check(ncclAllReduce(on_gpu, on_gpu, n, ncclDouble, ncclSum, communicator, 0), "summing");
     read_memory(x, on_gpu, n * sizeof(double));
 }
 
 static void reduce_floats(float *x, size_t n) { // x: in the model's memory
-    nccl_check(ncclAllReduce(x, x, n, ncclFloat, ncclSum, communicator, 0), "the gradient's sum");
+    nccl_check(ncclAllReduce(x, x, n, ncclFloat, ncclSum, communicator, 0), "summing gradients");
 }
 
-#if !MPI
-// Without MPI the id comes to the others in a file beside --out. Its name is that of this start:
-// the file of an earlier one must not be taken for it.
+// NCCL's processes meet by an id that process 0 makes.
+#if MPI
 static void share_id(ncclUniqueId *id) {
-    static const char *const starts[] = {"SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE",
+    if (rank == 0) nccl_check(ncclGetUniqueId(id), "making an id");
+    MPI_Bcast(id, sizeof *id, MPI_BYTE, 0, MPI_COMM_WORLD);
+}
+static void forget_id(void) {}
+
+#else
+static char id_path[PATH_MAX];
+
+// In a file beside --out, with the launch in its name, since an earlier one may have left such a
+// file. If the launcher has no name for a launch, a file that is older than this process is no
+// good. An old id would do no harm: nobody answers there, and NCCL says so.
+static void share_id(ncclUniqueId *id) {
+    static const char *const launch[] = {"SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE",
                                          "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
                                          "MASTER_PORT"};
-    char path[PATH_MAX];
-    int length = snprintf(path, sizeof path, "%s.nccl", opt_out);
-    for (int i = 0; i < COUNT(starts); i++) {
-        const char *value = getenv(starts[i]);
+    int length = snprintf(id_path, sizeof id_path, "%s.nccl", opt_out);
+    for (int i = 0; i < COUNT(launch); i++) {
+        const char *value = getenv(launch[i]);
         if (value && length < PATH_MAX)
-            length += snprintf(path + length, sizeof path - length, "-%s", value);
+            length += snprintf(id_path + length, sizeof id_path - length, "-%s", value);
     }
     if (length >= PATH_MAX) die(USAGE, "--out: %s is too long", opt_out);
     if (rank == 0) {
         if (!opt_resume) make_folders(opt_out);
-        nccl_check(ncclGetUniqueId(id), "an id");
-        write_file(path, id, sizeof *id);
+        nccl_check(ncclGetUniqueId(id), "making an id");
+        write_file(id_path, id, sizeof *id);
+        return;
     }
-    for (int tries = 0; rank > 0; tries++) { // write_file() renames: it is there and whole, or not
-        FILE *file = fopen(path, "rb");
-        size_t got = file ? fread(id, 1, sizeof *id, file) : 0;
+
+    time_t began = time(NULL);
+    for (int tries = 0; tries < 600; tries++) { // write_file() renames: it is whole or not there
+        struct stat info;
+        FILE *file = fopen(id_path, "rb");
+        int is_new = file && !fstat(fileno(file), &info) && info.st_mtime >= began - 60;
+        size_t got = is_new ? fread(id, 1, sizeof *id, file) : 0;
         if (file) fclose(file);
-        if (got == sizeof *id) break;
-        if (tries == 600) die(FAILED, "rank 0 did not write %s: do all see --out?", path);
+        if (got == sizeof *id) return;
         usleep(100000);
     }
-    nccl_check(ncclCommInitRank(&communicator, ranks, *id, rank), "the start");
-    if (rank == 0) unlink(path); // all have read it
+    die(FAILED, "rank 0 did not write %s within a minute: do all see the folder?", id_path);
+}
+
+static void forget_id(void) {
+    if (rank == 0) unlink(id_path);
 }
 #endif
 
-static void nccl_begin(void) {
-    int devices, local = from_environment(local_names, COUNT(local_names), 0);
+static void join(void) {
+    int devices;
     cuda_check(cudaGetDeviceCount(&devices), "the GPUs");
-    if (local >= devices)
-        die(FAILED, "process %d of this machine has no GPU: it has %d", local, devices);
-    cuda_check(cudaSetDevice(local), "the GPU");
+    int device = devices == 1 ? 0 : local_rank; // a launcher may show each process only its own
+    if (device >= devices)
+        die(FAILED, "process %d (from 0) of this machine finds %d GPUs: start one process a GPU",
+            local_rank, devices);
+    cuda_check(cudaSetDevice(device), "the GPU");
     ncclUniqueId id;
-#if MPI
-    if (rank == 0) nccl_check(ncclGetUniqueId(&id), "an id");
-    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
-    nccl_check(ncclCommInitRank(&communicator, ranks, id, rank), "the start");
-#else
     share_id(&id);
-#endif
-    reduce = reduce_by_nccl;
+    nccl_check(ncclCommInitRank(&communicator, ranks, id, rank), "meeting the other processes");
+    forget_id(); // all have it
 }
 
-#else
+#elif MPI
 // ---- MPI: the sums on the CPUs ----
 
-static void reduce_by_mpi(double *x, int n) {
+static void reduce_numbers(double *x, int n) {
     MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
-// In pieces of 1 MiB, which stay in the caches: d12's 474 MiB at once took three times as long.
+// In pieces of 1 MiB, which stay in the caches
 static void reduce_floats(float *x, size_t n) { // x: in the model's memory
     enum { PIECE = 1 << 18 };
 #ifdef BACKEND
     static float copy[PIECE];
 #endif
     for (size_t i = 0; i < n; i += PIECE) {
-        int size = (int)(n - i < PIECE ? n - i : PIECE);
+        int size = (int)fmin(PIECE, (double)(n - i));
 #ifdef BACKEND
         read_memory(copy, x + i, size * sizeof(float));
         MPI_Allreduce(MPI_IN_PLACE, copy, size, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
@@ -164,14 +168,24 @@ static void reduce_floats(float *x, size_t n) { // x: in the model's memory
 #endif
     }
 }
+
+static void join(void) {}
 #endif
 
-// ---- the same for both ----
+// ---- the beginning and the end ----
 
+#if MPI || NCCL
 static double summing; // seconds: the sums themselves, and waiting for slower processes
 static int num_sums;
 
+static void wait_for_gpu(void) {
+#ifdef BACKEND
+    cuda_check(cudaDeviceSynchronize(), "a training step");
+#endif
+}
+
 static void sum_over_processes(Model *m, Gradient *g) {
+    wait_for_gpu(); // its work is no part of the sums' time
     double began = seconds();
     double numbers[] = {(double)g->masked, g->loss, g->mean_t};
     reduce(numbers, COUNT(numbers));
@@ -179,10 +193,43 @@ static void sum_over_processes(Model *m, Gradient *g) {
     g->loss = numbers[1];
     g->mean_t = numbers[2];
     reduce_floats(m->grads.data, m->grads.total);
+    wait_for_gpu();
     summing += seconds() - began;
     num_sums++;
 }
 
+#if MPI
+// After die(): the others would wait for this process for ever.
+static void end_all(int status, void *unused) {
+    int ended;
+    (void)unused;
+    MPI_Finalized(&ended);
+    if (!ended) MPI_Abort(MPI_COMM_WORLD, status);
+}
+#ifndef __GLIBC__ // which alone has on_exit()
+static void end_all_failed(void) { end_all(FAILED, NULL); }
+#define on_exit(function, unused) atexit(end_all_failed)
+#endif
+#endif
+
+// Joins the others. From here on `rank` and `ranks` are right, and only process 0 prints.
+static void processes_begin(void) {
+#if MPI
+    int number, of;
+    MPI_Init(NULL, NULL);
+    MPI_Comm_rank(MPI_COMM_WORLD, &number);
+    MPI_Comm_size(MPI_COMM_WORLD, &of);
+    set_rank(number, of);
+    on_exit(end_all, NULL);
+#endif
+    if (ranks == 1) return;
+    join();
+    reduce = reduce_numbers;
+    reduce_gradients = sum_over_processes;
+    if (rank > 0 && !freopen("/dev/null", "w", stdout)) die(FAILED, "cannot open /dev/null");
+}
+
+// All leave together. Not called after die().
 static void processes_end(void) {
     if (num_sums)
         printf("sums over processes: %.2f ms a step, with waiting\n", 1e3 * summing / num_sums);
@@ -196,44 +243,13 @@ static void processes_end(void) {
 #endif
 }
 
-#if MPI
-// After die(): the others would wait for this process for ever.
-static void end_all(void) {
-    int ended;
-    MPI_Finalized(&ended);
-    if (!ended) MPI_Abort(MPI_COMM_WORLD, FAILED);
-}
-#endif
-
-// Joins the others. From here on `rank` and `ranks` are right, and only process 0 prints.
-static void processes_begin(void) {
-#if MPI
-    int provided, number, of;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided);
-    MPI_Comm_rank(MPI_COMM_WORLD, &number);
-    MPI_Comm_size(MPI_COMM_WORLD, &of);
-    set_rank(number, of);
-    atexit(end_all);
-#endif
-    if (ranks == 1) return;
-#if NCCL
-    nccl_begin();
 #else
-    reduce = reduce_by_mpi;
+static void rank_from_environment(void) {}
+static void processes_begin(void) {}
+static void processes_end(void) {}
 #endif
-    reduce_gradients = sum_over_processes;
-    if (rank > 0 && !freopen("/dev/null", "w", stdout)) die(FAILED, "cannot open /dev/null");
-}
 
-// Ends all if a process has another number than process 0.
-static void must_agree(double mine, const char *what) {
-    double *all = (double *)allocate(ranks, sizeof(double), "the processes");
-    all[rank] = mine;
-    reduce(all, ranks);
-    for (int r = 1; r < ranks; r++)
-        if (all[r] != all[0]) die(USAGE, "rank %d has %s than rank 0", r, what);
-    free(all);
-}
+// ---- that all do the same ----
 
 // Sets those of yes (n, at most 4) that are set in any process.
 static void any_process(int *yes, int n) {
@@ -244,47 +260,62 @@ static void any_process(int *yes, int n) {
     for (int i = 0; i < n; i++) yes[i] = sums[i] > 0;
 }
 
-static uint32_t crc32_of_data(Data d) {
+// Ends all if a process has another number than process 0.
+static void must_agree(double mine, const char *what) {
+    double *all = (double *)allocate(ranks, sizeof(double), "the processes");
+    all[rank] = mine;
+    reduce(all, ranks);
+    for (int r = 1; r < ranks; r++)
+        if (all[r] != all[0]) die(USAGE, "rank %d has another %s than rank 0", r, what);
+    free(all);
+}
+
+static void must_agree_on_text(Data d, const char *option) {
     uint32_t crc = 0;
     for (int i = 0; i < d.num_shards; i++)
         crc = crc32(crc, d.shards[i].tokens, (size_t)d.shards[i].count * sizeof(uint16_t));
-    return crc;
+    must_agree(crc, option);
+    must_agree(d.separator, "token after which answers begin"); // --answers-after
 }
 
-// Options that say what is computed. A file's name may differ, but not what is in it.
-static uint32_t crc32_of_options(void) {
-    uint32_t crc = crc32(0, products, strlen(products));
+// Each option of train, except threads, and files: there what is in them counts, not their names.
+static void must_agree_on_options(void) {
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const void *value = options[i].value;
-        size_t size = sizeof(int);
-        int is_text = options[i].type == TEXT;
-        int is_file = is_text && strstr("FILES FOLDER", options[i].argument);
+        const char *argument = options[i].argument;
+        int is_file = !strcmp(argument, "FILE") || !strcmp(argument, "FILES") ||
+            !strcmp(argument, "FOLDER");
         if (!(options[i].commands & TRAIN) || is_file || value == &opt_threads) continue;
+        size_t size = sizeof(int);
         if (options[i].type == REAL) size = sizeof(double);
         if (options[i].type == SEED) size = sizeof(uint64_t);
-        if (is_text) value = *(const char *const *)value;
-        if (is_text) size = value ? strlen((const char *)value) : 0;
-        crc = crc32(crc, value, size);
+        if (options[i].type == TEXT) {
+            value = *(const char *const *)value;
+            size = value ? strlen((const char *)value) : 0;
+        }
+        char name[32];
+        snprintf(name, sizeof name, "--%s", options[i].name);
+        must_agree(crc32(0, value, size), name);
     }
-    return crc;
 }
 
-// What a step adds up fits together only if all began with the same.
-static void processes_check(Model *m, Data data, Data val_data, int step) {
+// A sum of gradients is right only if all have the same options, text and parameters.
+static void processes_check(const Training *t) {
     if (ranks == 1) return;
-    uint32_t crc = 0;
+    const Tensors *params = &t->model.params;
     const size_t piece = 1 << 20;
     float *copy = (float *)allocate(piece, sizeof(float), "the parameters");
-    for (size_t i = 0; i < m->params.total; i += piece) {
-        size_t size = m->params.total - i < piece ? m->params.total - i : piece;
-        read_memory(copy, m->params.data + i, size * sizeof(float));
+    uint32_t crc = 0;
+    for (size_t i = 0; i < params->total; i += piece) {
+        size_t size = params->total - i < piece ? params->total - i : piece;
+        read_memory(copy, params->data + i, size * sizeof(float));
         crc = crc32(crc, copy, size * sizeof(float));
     }
     free(copy);
-    must_agree(crc32_of_options(), "other options, or another --precision,");
-    must_agree(crc32_of_data(data), "other text in --data");
-    must_agree(crc32_of_data(val_data), "other text in --val-data");
-    must_agree(step, "a checkpoint of another step in --out");
-    must_agree(crc, "other parameters");
+    must_agree_on_options();
+    must_agree(crc32(0, products, strlen(products)), "--precision, or kind of CPU");
+    must_agree_on_text(t->data, "text in --data");
+    must_agree_on_text(t->val_data, "text in --val-data");
+    must_agree(t->begin, "step in the checkpoint in --out");
+    must_agree(crc, "set of parameters");
 }
-#endif

@@ -256,7 +256,7 @@ static void print_help(int command) {
     }
 }
 
-static void processes_end(void); // dev/processes.h: they end together, and not by die()
+static void processes_end(void); // dev/processes.h: leaves the other processes of a training
 
 // Ends the program, after it has made sure that what it printed has arrived.
 __attribute__((noreturn)) static void finish(void) {
@@ -1051,7 +1051,8 @@ typedef struct {
     int loss_count;
 } Training;
 
-#include "processes.h" // of one model
+#include "processes.h"
+
 static volatile sig_atomic_t interrupted; // the signal's number
 
 // A second Ctrl-C ends the program at once. But a terminal that is closed may send SIGHUP twice.
@@ -1063,7 +1064,7 @@ static void on_interrupt(int number) {
 static void catch_interrupts(void) {
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    if (ranks > 1) signal(SIGUSR1, on_interrupt); // mpirun hands it on and does not hurry
+    if (ranks > 1) signal(SIGUSR1, on_interrupt); // mpirun passes it on and lets them save
     if (signal(SIGHUP, on_interrupt) == SIG_IGN) signal(SIGHUP, SIG_IGN); // by nohup
     signal(SIGPIPE, SIG_IGN); // to write to a pipe that is closed is then an error
 }
@@ -1267,7 +1268,9 @@ static void print_training(const Training *t) {
     if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
     printf("\n");
     print_recipe();
-    if (ranks > 1) printf("%d processes, each of --batch times --accum sequences\n", ranks);
+    if (ranks > 1)
+        printf("%d processes; each takes %d sequences of a step\n", ranks,
+               t->batches.sequences / ranks);
     printf("matrix products: %s\n", products);
     print_memory(&t->model);
 }
@@ -1284,7 +1287,7 @@ static void train_begin(Training *t) {
 
     char *path = concat(opt_out, "/model.bin");
     t->model_is_older = opt_resume && !model_is_of(path, t->begin);
-    processes_check(&t->model, t->data, t->val_data, t->begin);
+    processes_check(t);
     any_process(&t->model_is_older, 1);
     if (t->model_is_older) check_loss(t);
     free(path);
@@ -1372,12 +1375,12 @@ static void report_step(Training *t, double took) {
     if (fflush(t->log)) die(FAILED, "cannot write log.csv in %s: %s", opt_out, strerror(errno));
 
     // What is learned is saved, even if nobody reads the output any more.
-    int ends[] = {interrupted, fflush(stdout) || ferror(stdout)};
-    any_process(ends, 2); // all processes save and stop at the same step
-    int stop = ends[0], lost = ends[1];
+    int asked[] = {interrupted, fflush(stdout) || ferror(stdout)};
+    any_process(asked, 2); // all processes save and stop at the same step
+    int stop = asked[0], lost = asked[1];
     if (step % opt_save_every == 0 || last || stop || lost) save_checkpoint(t);
     t->began += seconds() - now;  // neither validating nor saving counts in tokens/s
-    if (lost) stop = interrupted; // a closed terminal's signal may come after the error
+    if (lost && ranks == 1) stop = interrupted; // a closed terminal's signal may come late
     if (lost && !stop && !last)
         die(FAILED, "standard output is closed or full; the checkpoint of step %d is in %s, "
             "--resume continues", step, opt_out);
@@ -2617,10 +2620,10 @@ int main(int argc, char **argv) {
     flush_subnormals();
     signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then an error, as a full disk is
     hold_standard_streams();
-    processes_known();
     forward_loops = counted_forward; // loopmdm.c's evaluate() and sample() call this one
     for (int i = 0; argc > 1 && i < NUM_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name)) continue;
+        if (commands[i].flag == TRAIN) rank_from_environment();
         parse_options(i, argc, argv);
         if (commands[i].flag & (TRAIN | EVAL | SAMPLE | ATTENTION)) share_cores(argv);
         products = use_precision();

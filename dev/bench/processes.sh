@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Training by one process of 2 threads beside 2 processes of one thread: the same step, in turns, best
-# of three. Prints a table, and what adding up the gradients takes. With mpicc and mpirun, from the
-# root of the repository:
+# Training by one process of 2 threads beside 2 processes of one thread: the same step, in turns,
+# best of three. Prints a table, also of what adding up the gradients takes. Needs mpicc and mpirun;
+# from the root of the repository:
 #     bash dev/bench/processes.sh
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Several processes train one model as one process does: on the CPU, and with loopmdm.cu on the
-# emulation. From the root of the repository, after make train's stories are there:
+# emulation. From the root of the repository:
+#     make build/loopmdm_on_cpu.cpp build/stories_train.bin build/stories_val.bin
 #     bash dev/test/processes.sh
 set -uo pipefail
-if ! command -v mpicc >/dev/null || ! command -v mpirun >/dev/null; then
-    echo "no mpicc and mpirun (on Debian: apt install libopenmpi-dev openmpi-bin): several"
-    echo "processes are not checked"
+if ! command -v mpicc >/dev/null || [[ $(mpirun --version 2>/dev/null) != *"Open MPI"* ]]; then
+    echo "no Open MPI (on Debian: apt install libopenmpi-dev openmpi-bin): several processes are"
+    echo "not checked"
     echo "0 passed, 0 failed"
     exit
 fi
 : "${ARCH:=}" "${OPENMP:=}"
 folder=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$folder"' EXIT
-export OMP_NUM_THREADS=1 OMPI_CC=gcc OMPI_CXX=g++
+export OMP_NUM_THREADS=1 OMPI_CC=${CC:=cc} OMPI_CXX=${CXX:=g++}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # in a container
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 ok=0 bad=0
@@ -28,7 +29,7 @@ check() {
 
 floats="-ffp-contract=fast -fno-math-errno -fno-trapping-math"
 options="-I. $ARCH $OPENMP $floats -Wall -Wextra -Werror"
-gcc -std=c11 -O2 $options dev/tools.c -o "$folder/without" -lm &&
+$CC -std=c11 -O2 $options dev/tools.c -o "$folder/without" -lm &&
     mpicc -std=c11 -O2 $options -DMPI=1 dev/tools.c -o "$folder/loopmdm" -lm
 check "the CPU program is built with mpicc" $?
 mpicxx -x c++ -std=c++17 -O1 $options -DMPI=1 -DBF16=0 \
@@ -40,6 +41,11 @@ recipe="--data build/stories_train.bin --tokenizer dev/data/stories.tok --model 
 validates="--val-data build/stories_val.bin --val-rows 37"
 
 step_of() { od -A n -t d4 -j 44 -N 4 "$1/state.bin" 2>/dev/null | tr -d ' '; }
+
+wait_until() { # COMMAND: a minute at most
+    local i
+    for ((i = 0; i < 600; i++)); do "$@" && return || sleep 0.1; done
+}
 
 # train N PROGRAM ARGUMENTS...: by N processes
 train() { mpirun -n "$1" "$folder/$2" train $recipe "${@:3}" >"$folder/said" 2>&1; }
@@ -84,10 +90,10 @@ train 2 loopmdm_on_cpu $fifty --batch 2 --out "$folder/gpu_two"
 close "loopmdm.cu: 2 processes of 2 sequences, and 4 sequences" 1e-5 50 gpu_one gpu_two
 
 # NCCL without MPI, as torchrun starts it; dev/cuda_on_cpu/nccl.h stands for NCCL
-g++ -x c++ -std=c++17 -O1 $options -DNCCL=1 -Idev/cuda_on_cpu -DBF16=0 \
+$CXX -x c++ -std=c++17 -O1 $options -DNCCL=1 -Idev/cuda_on_cpu -DBF16=0 \
     -DBACKEND='"build/loopmdm_on_cpu.cpp"' dev/tools.c -o "$folder/loopmdm_nccl"
 check "loopmdm.cu for the CPU is built with NCCL's functions" $?
-torchrun() { # GPUS ARGUMENTS...: 2 processes
+start_two() { # GPUS ARGUMENTS...: 2 processes
     local i
     export WORLD_SIZE=2 MASTER_PORT=1234 CUDA_ON_CPU_DEVICES=$1
     for i in 1 0; do
@@ -97,7 +103,7 @@ torchrun() { # GPUS ARGUMENTS...: 2 processes
     wait
     unset WORLD_SIZE MASTER_PORT CUDA_ON_CPU_DEVICES
 }
-torchrun 2 $fifty --batch 2 --out "$folder/new/nccl"
+start_two 2 $fifty --batch 2 --out "$folder/new/nccl"
 close "NCCL: 2 processes of 2 sequences, and 4 sequences" 1e-5 50 gpu_one new/nccl
 [ ! -s "$folder/said_1" ] && [ "$(ls "$folder/new")" = nccl ]
 check "rank 1 prints nothing, and no file is left" $?
@@ -107,7 +113,7 @@ same "NCCL and MPI give the same bits" gpu_two new/nccl
 long="$validates --val-every 600 --steps 1200 --save-every 200 --batch 4"
 train 2 loopmdm $long --out "$folder/unbroken"
 train 2 loopmdm $long --out "$folder/broken" &
-until [ -s "$folder/broken/model.bin" ]; do sleep 0.1; done
+wait_until [ -s "$folder/broken/model.bin" ]
 kill -9 "$(pgrep -f "^$folder/loopmdm train .*/broken" | tail -n 1)"
 SECONDS=0
 wait $!
@@ -121,7 +127,8 @@ before=$(step_of "$folder/broken")
 
 mpirun -n 2 "$folder/loopmdm" train $recipe $long --out "$folder/broken" --resume \
     >"$folder/said" 2>&1 &
-until [ "$(step_of "$folder/broken")" -gt "$before" ]; do sleep 0.1; done
+later() { [ "$(step_of "$folder/broken")" -gt "$before" ]; }
+wait_until later
 kill -USR1 $!
 wait $!
 status=$?
@@ -155,13 +162,13 @@ differ() { # ARGUMENTS of process 0 : ARGUMENTS of process 1
         >"$folder/said" 2>&1
 }
 differ "" "--lr 1e-3"
-said "rank 0: rank 1 has other options"
+said "rank 0: rank 1 has another --lr than rank 0"
 differ "" "--seed 2"
-said "rank 0: rank 1 has other options"
+said "rank 0: rank 1 has another --seed"
 differ "$validates" "--val-data build/stories_train.bin --val-rows 37"
-said "rank 0: rank 1 has other text in --val-data"
+said "rank 0: rank 1 has another text in --val-data"
 differ "--init $folder/two" "--init $folder/four"
-said "rank 0: rank 1 has other parameters"
+said "rank 0: rank 1 has another set of parameters"
 [ ! -e "$folder/differ/model.bin" ]
 check "no model was written" $?
 
