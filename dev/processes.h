@@ -90,15 +90,15 @@ static void forget_id(void) {}
 
 #else
 static char id_path[PATH_MAX];
+static int id_file;
 
-// In a file beside --out, with the launch in its name, since an earlier one may have left such a
-// file. If the launcher has no name for a launch, a file that is older than this process is no
-// good. An old id would do no harm: nobody answers there, and NCCL says so.
+// In a file in --out, with the launch in its name if the launcher has one. Process 0 holds a lock
+// on it: if there is none, the file was left by a process that is dead.
 static void share_id(ncclUniqueId *id) {
     static const char *const launch[] = {"SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE",
                                          "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
                                          "MASTER_PORT"};
-    int length = snprintf(id_path, sizeof id_path, "%s.nccl", opt_out);
+    int length = snprintf(id_path, sizeof id_path, "%s/nccl_id", opt_out);
     for (int i = 0; i < COUNT(launch); i++) {
         const char *value = getenv(launch[i]);
         if (value && length < PATH_MAX)
@@ -108,25 +108,29 @@ static void share_id(ncclUniqueId *id) {
     if (rank == 0) {
         if (!opt_resume) make_folders(opt_out);
         nccl_check(ncclGetUniqueId(id), "making an id");
-        write_file(id_path, id, sizeof *id);
+        char *temporary = concat(id_path, ".tmp"); // renamed, the file is locked and whole
+        id_file = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (id_file < 0 || flock(id_file, LOCK_EX | LOCK_NB) ||
+            write(id_file, id, sizeof *id) != sizeof *id || rename(temporary, id_path))
+            die(FAILED, "--out: cannot write %s: %s", temporary, strerror(errno));
+        free(temporary);
         return;
     }
 
-    time_t began = time(NULL);
-    for (int tries = 0; tries < 600; tries++) { // write_file() renames: it is whole or not there
-        struct stat info;
-        FILE *file = fopen(id_path, "rb");
-        int is_new = file && !fstat(fileno(file), &info) && info.st_mtime >= began - 60;
-        size_t got = is_new ? fread(id, 1, sizeof *id, file) : 0;
-        if (file) fclose(file);
-        if (got == sizeof *id) return;
+    for (int tries = 0; tries < 600; tries++) {
+        int file = open(id_path, O_RDONLY);
+        int is_new = file >= 0 && flock(file, LOCK_SH | LOCK_NB);
+        if (is_new && read(file, id, sizeof *id) == sizeof *id) return;
+        if (file >= 0) close(file);
         usleep(100000);
     }
     die(FAILED, "rank 0 did not write %s within a minute: do all see the folder?", id_path);
 }
 
 static void forget_id(void) {
-    if (rank == 0) unlink(id_path);
+    if (rank > 0) return;
+    unlink(id_path);
+    close(id_file);
 }
 #endif
 
@@ -134,7 +138,7 @@ static void join(void) {
     int devices;
     cuda_check(cudaGetDeviceCount(&devices), "the GPUs");
     int device = devices == 1 ? 0 : local_rank; // a launcher may show each process only its own
-    if (device >= devices)
+    if (device < 0 || device >= devices)
         die(FAILED, "process %d (from 0) of this machine finds %d GPUs: start one process a GPU",
             local_rank, devices);
     cuda_check(cudaSetDevice(device), "the GPU");
@@ -219,10 +223,15 @@ static void processes_begin(void) {
     MPI_Init(NULL, NULL);
     MPI_Comm_rank(MPI_COMM_WORLD, &number);
     MPI_Comm_size(MPI_COMM_WORLD, &of);
+    if (ranks > 1 && of == 1)
+        die(USAGE, "the launcher starts %d processes, but MPI does not know them: is its mpirun of "
+            "the MPI that this program was built with?", ranks);
     set_rank(number, of);
     on_exit(end_all, NULL);
 #endif
     if (ranks == 1) return;
+    if (rank == 0) printf("waiting for %d processes\n", ranks);
+    fflush(stdout);
     join();
     reduce = reduce_numbers;
     reduce_gradients = sum_over_processes;
@@ -260,13 +269,18 @@ static void any_process(int *yes, int n) {
     for (int i = 0; i < n; i++) yes[i] = sums[i] > 0;
 }
 
+static void wait_for_all(void) {
+    int yes = 0;
+    any_process(&yes, 1);
+}
+
 // Ends all if a process has another number than process 0.
 static void must_agree(double mine, const char *what) {
     double *all = (double *)allocate(ranks, sizeof(double), "the processes");
     all[rank] = mine;
     reduce(all, ranks);
     for (int r = 1; r < ranks; r++)
-        if (all[r] != all[0]) die(USAGE, "rank %d has another %s than rank 0", r, what);
+        if (all[r] != all[0]) die(USAGE, "rank %d differs from rank 0 in its %s", r, what);
     free(all);
 }
 
@@ -275,7 +289,7 @@ static void must_agree_on_text(Data d, const char *option) {
     for (int i = 0; i < d.num_shards; i++)
         crc = crc32(crc, d.shards[i].tokens, (size_t)d.shards[i].count * sizeof(uint16_t));
     must_agree(crc, option);
-    must_agree(d.separator, "token after which answers begin"); // --answers-after
+    must_agree(d.separator, "--answers-after");
 }
 
 // Each option of train, except threads, and files: there what is in them counts, not their names.
@@ -299,10 +313,9 @@ static void must_agree_on_options(void) {
     }
 }
 
-// A sum of gradients is right only if all have the same options, text and parameters.
-static void processes_check(const Training *t) {
+static void must_agree_on_parameters(const Model *m) {
     if (ranks == 1) return;
-    const Tensors *params = &t->model.params;
+    const Tensors *params = &m->params;
     const size_t piece = 1 << 20;
     float *copy = (float *)allocate(piece, sizeof(float), "the parameters");
     uint32_t crc = 0;
@@ -312,10 +325,17 @@ static void processes_check(const Training *t) {
         crc = crc32(crc, copy, size * sizeof(float));
     }
     free(copy);
+    must_agree(crc, "parameters: are the machines of different kinds?");
+}
+
+// A sum of gradients is right only if all have the same options, text and parameters.
+static void processes_check(const Training *t) {
+    if (ranks == 1) return;
     must_agree_on_options();
     must_agree(crc32(0, products, strlen(products)), "--precision, or kind of CPU");
     must_agree_on_text(t->data, "text in --data");
     must_agree_on_text(t->val_data, "text in --val-data");
-    must_agree(t->begin, "step in the checkpoint in --out");
-    must_agree(crc, "set of parameters");
+    must_agree(crc32(0, t->tokenizer.file, t->tokenizer.file_size), "--tokenizer");
+    must_agree(t->begin, "step of the checkpoint in --out");
+    must_agree_on_parameters(&t->model);
 }

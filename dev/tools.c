@@ -1064,7 +1064,7 @@ static void on_interrupt(int number) {
 static void catch_interrupts(void) {
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    if (ranks > 1) signal(SIGUSR1, on_interrupt); // mpirun passes it on and lets them save
+    signal(SIGUSR1, on_interrupt); // mpirun passes it on and lets the processes save
     if (signal(SIGHUP, on_interrupt) == SIG_IGN) signal(SIGHUP, SIG_IGN); // by nohup
     signal(SIGPIPE, SIG_IGN); // to write to a pipe that is closed is then an error
 }
@@ -1275,11 +1275,11 @@ static void print_training(const Training *t) {
     print_memory(&t->model);
 }
 
-// Only process 0 writes.
+// All processes look at --out, but only process 0 writes.
 static void train_begin(Training *t) {
     if (rank == 0) lock_folder();
-    if (rank == 0) check_folder();
-    if (opt_tokenizer && rank == 0) copy_tokenizer(&t->tokenizer, 0);
+    check_folder();
+    if (opt_tokenizer) copy_tokenizer(&t->tokenizer, 0);
     if (opt_resume) train_resume(&t->model, &t->state);
     else train_new(&t->model);
     t->saved = -1;
@@ -1325,9 +1325,11 @@ static void validate(Training *t) {
 static void save_checkpoint(Training *t) {
     int step = t->state.step;
     check_loss(t);
+    must_agree_on_parameters(&t->model);
     // state.bin first: --resume can write model.bin from it
     if (rank == 0) state_save(&t->model, opt_out, &t->state);
     if (rank == 0) model_save(&t->model, opt_out, step);
+    wait_for_all(); // where one process has ended, the launcher may end the others
     t->saved = step;
 }
 

@@ -105,8 +105,16 @@ start_two() { # GPUS ARGUMENTS...: 2 processes
 }
 start_two 2 $fifty --batch 2 --out "$folder/new/nccl"
 close "NCCL: 2 processes of 2 sequences, and 4 sequences" 1e-5 50 gpu_one new/nccl
-[ ! -s "$folder/said_1" ] && [ "$(ls "$folder/new")" = nccl ]
+[ ! -s "$folder/said_1" ] && [ "$(ls "$folder/new/nccl" | grep -c nccl_id)" = 0 ]
 check "rank 1 prints nothing, and no file is left" $?
+mkdir -p "$folder/stale"
+head -c 128 /dev/zero >"$folder/stale/nccl_id-1234"
+start_two 2 --steps 2 --batch 2 --out "$folder/stale"
+grep -q "^step 2 of 2 is done" "$folder/said_0"
+check "a file that a dead process left does no harm" $?
+start_two 2 --steps 2 --batch 2 --out "$folder/stale"
+[ "$(cat "$folder"/said_[01] | grep -c '^loopmdm: ')" = 2 ]
+check "without a launcher each process says what is wrong" $?
 same "NCCL and MPI give the same bits" gpu_two new/nccl
 
 # A process is killed, the run goes on, is stopped, and goes on: nothing shows it in the end.
@@ -141,6 +149,10 @@ same "a run that was killed at step $before and stopped at $stopped ends as an u
 train 1 loopmdm $long --batch 8 --out "$folder/other" --resume
 close "1 process goes on where 2 were killed" 1e-2 1200 unbroken other
 
+SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 "$folder/loopmdm" eval --model "$folder/two" \
+    --data build/stories_val.bin --rows 4 --loops 1 >/dev/null
+check "other commands have one process, whatever the environment says" $?
+
 # Errors are one line.
 said() { # WORDS: the only line that is loopmdm's
     local status=$? lines
@@ -154,6 +166,12 @@ train 2 loopmdm $long --out "$folder/two"
 said "rank 0: $folder/two/model.bin is already there"
 train 2 loopmdm $long --out "$folder/unbroken" --resume --batch 5
 said "rank 0: --resume: this run was begun with --seed 1 and --batch times --accum times processes"
+PMI_RANK=0 PMI_SIZE=2 "$folder/loopmdm" train $recipe --steps 2 --out "$folder/none" \
+    >"$folder/said" 2>&1
+said "rank 0: the launcher starts 2 processes, but MPI does not know them"
+RANK=2 WORLD_SIZE=2 "$folder/loopmdm" train $recipe --steps 2 --out "$folder/none" \
+    >"$folder/said" 2>&1
+said "the environment says that this is process 2 of 2"
 train 2 loopmdm --steps 50 --lr 1e30 --batch 2 --out "$folder/none"
 said "rank 0: step "
 differ() { # ARGUMENTS of process 0 : ARGUMENTS of process 1
@@ -162,13 +180,13 @@ differ() { # ARGUMENTS of process 0 : ARGUMENTS of process 1
         >"$folder/said" 2>&1
 }
 differ "" "--lr 1e-3"
-said "rank 0: rank 1 has another --lr than rank 0"
+said "rank 0: rank 1 differs from rank 0 in its --lr"
 differ "" "--seed 2"
-said "rank 0: rank 1 has another --seed"
+said "rank 0: rank 1 differs from rank 0 in its --seed"
 differ "$validates" "--val-data build/stories_train.bin --val-rows 37"
-said "rank 0: rank 1 has another text in --val-data"
+said "rank 0: rank 1 differs from rank 0 in its text in --val-data"
 differ "--init $folder/two" "--init $folder/four"
-said "rank 0: rank 1 has another set of parameters"
+said "rank 0: rank 1 differs from rank 0 in its parameters"
 [ ! -e "$folder/differ/model.bin" ]
 check "no model was written" $?
 
