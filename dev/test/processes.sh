@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several processes train one model as one process does: on the CPU, and with loopmdm.cu on the
 # emulation. From the root of the repository:
-#     make build/loopmdm_on_cpu.cpp build/stories_train.bin build/stories_val.bin
+#     make loopmdm build/loopmdm_on_cpu.cpp build/stories_train.bin build/stories_val.bin
 #     bash dev/test/processes.sh
 set -uo pipefail
 if ! command -v mpicc >/dev/null || [[ $(mpirun --version 2>/dev/null) != *"Open MPI"* ]]; then
@@ -29,9 +29,10 @@ check() {
 
 floats="-ffp-contract=fast -fno-math-errno -fno-trapping-math"
 options="-I. $ARCH $OPENMP $floats -Wall -Wextra -Werror"
-$CC -std=c11 -O2 $options dev/tools.c -o "$folder/without" -lm &&
-    mpicc -std=c11 -O2 $options -DMPI=1 dev/tools.c -o "$folder/loopmdm" -lm
-check "the CPU program is built with mpicc" $?
+mkdir "$folder/source"
+cp -r Makefile loopmdm.c dev "$folder/source"
+make -s -C "$folder/source" loopmdm MPI=1 && cp "$folder/source/loopmdm" "$folder/loopmdm"
+check "make loopmdm MPI=1" $?
 mpicxx -x c++ -std=c++17 -O1 $options -DMPI=1 -DBF16=0 \
     -DBACKEND='"build/loopmdm_on_cpu.cpp"' dev/tools.c -o "$folder/loopmdm_on_cpu"
 check "loopmdm.cu for the CPU is built with mpicxx" $?
@@ -76,7 +77,7 @@ same() { # NAME A B: the same files, bit for bit
 }
 
 fifty="$validates --val-every 25 --steps 50"
-"$folder/without" train $recipe $fifty --batch 8 --out "$folder/whole" >/dev/null
+./loopmdm train $recipe $fifty --batch 8 --out "$folder/whole" >/dev/null
 train 1 loopmdm $fifty --batch 8 --out "$folder/one"
 same "one process gives the bits of a build without MPI" whole one
 train 2 loopmdm $fifty --batch 4 --out "$folder/two"

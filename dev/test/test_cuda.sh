@@ -104,15 +104,18 @@ barriers() {
     done < <(grep '^loopmdm.cu' "$list" | cut -d' ' -f1 | sort -u)
     # The checks of layers have longer sequences: enough to go round the rings of dev/hopper*.h
     for line in $(grep '^dev/hopper' "$list" | cut -d' ' -f1 | sort -u); do
-        ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line ||
-            ! layers_pass CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_SKIP=$line \
-                CUDA_ON_CPU_ORDER=descending
-        check "the checks of layers fail without the wait in $line" $?
+        kind=--products
+        [[ $line == *attention* ]] && kind=--attention
+        ! layers_pass $kind ascending $line || ! layers_pass $kind descending $line
+        check "the check of ${kind#--} fails without the wait in $line" $?
     done
     counted
 }
 kernels_of() { grep -F "$1 " "$list" | cut -d' ' -f2 | sort -u | paste -sd' '; }
-layers_pass() { env "$@" build/test_on_cpu_bf16 --layers >/dev/null 2>&1; }
+layers_pass() { # --products or --attention, ORDER, WAIT to leave out
+    env CUDA_ON_CPU_CAPABILITY=90 CUDA_ON_CPU_ORDER="$2" CUDA_ON_CPU_SKIP="$3" \
+        build/test_on_cpu_bf16 "$1" >/dev/null 2>&1
+}
 
 # digest KIND VARIABLE=VALUE...: hopper is bf16 on a GPU that has dev/hopper.h's instructions.
 digest() {
