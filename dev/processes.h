@@ -111,7 +111,8 @@ static void share_id(ncclUniqueId *id) {
         char *temporary = concat(id_path, ".tmp"); // renamed, the file is locked and whole
         id_file = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
         if (id_file < 0 || flock(id_file, LOCK_EX | LOCK_NB) ||
-            write(id_file, id, sizeof *id) != sizeof *id || rename(temporary, id_path))
+            write(id_file, id, sizeof *id) != sizeof *id || fsync(id_file) ||
+            rename(temporary, id_path))
             die(FAILED, "--out: cannot write %s: %s", temporary, strerror(errno));
         free(temporary);
         return;
