@@ -285,11 +285,11 @@ static void must_agree(double mine, const char *what) {
     free(all);
 }
 
-static void must_agree_on_text(Data d, const char *option) {
+static void must_agree_on_text(Data d, const char *what) {
     uint32_t crc = 0;
     for (int i = 0; i < d.num_shards; i++)
         crc = crc32(crc, d.shards[i].tokens, (size_t)d.shards[i].count * sizeof(uint16_t));
-    must_agree(crc, option);
+    must_agree(crc, what);
     must_agree(d.separator, "--answers-after");
 }
 

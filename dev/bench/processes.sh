@@ -27,7 +27,7 @@ run() {
 }
 
 compare() { # NAME BATCH ARGUMENTS...
-    local name=$1 batch=$2 turn best_one=0 best_two=0 least=1e9 speed sum one two
+    local name=$1 batch=$2 turn best_one=0 best_two=0 least=1e9 sum one two
     shift 2
     for turn in 1 2 3; do
         one=$(run 1 "$batch" 2 "$@")

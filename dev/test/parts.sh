@@ -1,5 +1,6 @@
 # To be sourced: runs the parts of a test, several at a time, and adds up what they count.
 # A part is a command or a function whose last line is "N passed, N failed".
+. dev/test/checks.sh
 jobs=${JOBS:-2} # parts at a time
 logs=build/test/logs
 passed=0 failed=0 running=0
@@ -58,16 +59,3 @@ show_ended() {
         failed=$((failed + $(echo "$last" | cut -d' ' -f3)))
     done
 }
-
-# check NAME STATUS: one check of a part that is a function. The part sets ok=0 bad=0 at its start
-# and ends with counted.
-check() {
-    if [ "$2" -eq 0 ]; then
-        ok=$((ok + 1))
-        echo "ok    $1"
-    else
-        bad=$((bad + 1))
-        echo "FAIL  $1"
-    fi
-}
-counted() { echo "$ok passed, $bad failed"; }

@@ -16,16 +16,8 @@ trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$folder"' EXIT
 export OMP_NUM_THREADS=1 OMPI_CC=${CC:=cc} OMPI_CXX=${CXX:=g++}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # in a container
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
+. dev/test/checks.sh
 ok=0 bad=0
-check() {
-    if [ "$2" -eq 0 ]; then
-        ok=$((ok + 1))
-        echo "ok    $1"
-    else
-        bad=$((bad + 1))
-        echo "FAIL  $1"
-    fi
-}
 
 floats="-ffp-contract=fast -fno-math-errno -fno-trapping-math"
 options="-I. $ARCH $OPENMP $floats -Wall -Wextra -Werror"
@@ -40,8 +32,6 @@ check "loopmdm.cu for the CPU is built with mpicxx" $?
 recipe="--data build/stories_train.bin --tokenizer dev/data/stories.tok --model d2 --layers 3
     --loop 1:2 --ema 0.9 --warmup 20"
 validates="--val-data build/stories_val.bin --val-rows 37"
-
-step_of() { od -A n -t d4 -j 44 -N 4 "$1/state.bin" 2>/dev/null | tr -d ' '; }
 
 wait_until() { # COMMAND: a minute at most
     local i
@@ -132,16 +122,16 @@ check "kill -9 of one process ends all in 10 s: status $status after $SECONDS s"
 grep -q 'process rank [01] .* exited on signal 9' "$folder/said"
 check "mpirun says which" $?
 cp -r "$folder/broken" "$folder/other"
-before=$(step_of "$folder/broken")
+before=$(step_of "$folder/broken/state.bin")
 
 mpirun -n 2 "$folder/loopmdm" train $recipe $long --out "$folder/broken" --resume \
     >"$folder/said" 2>&1 &
-later() { [ "$(step_of "$folder/broken")" -gt "$before" ]; }
+later() { [ "$(step_of "$folder/broken/state.bin")" -gt "$before" ]; }
 wait_until later
 kill -USR1 $!
 wait $!
 status=$?
-stopped=$(step_of "$folder/broken")
+stopped=$(step_of "$folder/broken/state.bin")
 [ $status -eq 138 ] && grep -q "^stopped after step $stopped;" "$folder/said"
 check "a signal stops all processes at one step: $stopped" $?
 train 2 loopmdm $long --out "$folder/broken" --resume
@@ -191,5 +181,5 @@ said "rank 0: rank 1 differs from rank 0 in its parameters"
 [ ! -e "$folder/differ/model.bin" ]
 check "no model was written" $?
 
-echo "$ok passed, $bad failed"
+counted
 [ $bad -eq 0 ]

@@ -1,5 +1,6 @@
 # To be sourced by kill.sh and full_disk.sh, which break trainings off and resume them: a folder
 # with data, checks, and whether a run is the unbroken one.
+. dev/test/checks.sh # step_of; check and counted are others here, since a failure keeps its files
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # see Makefile
 ok=0 bad=0
 folder=$(mktemp -d)
@@ -33,9 +34,6 @@ counted() {
     [ $bad -eq 0 ]
     exit
 }
-
-# step_of FILE: the step in the header of model.bin or state.bin, 0 if the file is too short.
-step_of() { echo $(($(od -An -td4 -j44 -N4 "$1" 2>/dev/null))); }
 
 # difference WANTED GOT: prints which files differ in the two folders: nothing if all are the same.
 # The speed in log.csv may differ.
