@@ -352,51 +352,64 @@ typedef struct { float scale, beta1, beta2, keep, step_size, correct, eps, ema; 
 enum { AB, ABT, ATB }; // c = a b, a b^T, a^T b
 enum { SET, ADD };     // c =, c +=
 
+// What happens to a product c at its end, while each piece is still in the cache
+typedef struct Epilogue {
+    const float *bias;                            // (N) is added, if not NULL
+    void (*finish)(float *x, float *y, size_t n); // x: n numbers of a row of c; NULL: nothing
+    float *other;                                 // y: those at the same place in this matrix
+} Epilogue;
+static const Epilogue NONE = {NULL, NULL, NULL};
+
 #if __has_include("dev/gemm.h") && !defined(PLAIN_GEMM)
 #include "dev/gemm.h" // exp_fast() and gemm(), 10 to 50 times as fast
 #else
 #define exp_fast expf
 
-// c (M,N) = or += a b + bias (N, or NULL); the product is a sum over K. lda, ldb, ldc: the distance
-// of two rows in memory, so that a matrix may be a part of a larger one.
+// c (M,N) = or += a b, a sum over K, then the epilogue. lda, ldb, ldc: the distance of two rows in
+// memory, so that a matrix may be a part of a larger one.
 static void gemm(int product, int M, int N, int K, const float *a, int lda, const float *b, int ldb,
-                 float *c, int ldc, const float *bias, int add) {
+                 float *c, int ldc, int add, Epilogue e) {
     OMP(omp parallel for if (WORTH((size_t)M * N * K)))
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+        size_t row = (size_t)i * ldc;
         for (int j = 0; j < N; j++) {
-            float sum = bias ? bias[j] : 0, *out = c + (size_t)i * ldc + j;
+            float sum = e.bias ? e.bias[j] : 0;
             for (int k = 0; k < K; k++) {
                 size_t at_a = product == ATB ? (size_t)k * lda + i : (size_t)i * lda + k;
                 size_t at_b = product == ABT ? (size_t)j * ldb + k : (size_t)k * ldb + j;
                 sum += a[at_a] * b[at_b];
             }
-            *out = add == ADD ? *out + sum : sum;
+            c[row + j] = add == ADD ? c[row + j] + sum : sum;
         }
+        if (e.finish) e.finish(c + row, e.other + row, N);
+    }
 }
 #endif
 
-// A linear layer. out (M,OC) = inp (M,C) weight^T + bias; weight (OC,C), bias (OC) or NULL.
-static void matmul_forward(float *out, const float *inp, const float *weight, const float *bias,
-                           int M, int C, int OC) {
-    gemm(ABT, M, OC, C, inp, C, weight, C, out, OC, bias, SET);
+// A linear layer. out (M,OC) = inp (M,C) weight^T, then the epilogue; weight (OC,C).
+static void matmul_forward(float *out, const float *inp, const float *weight, int M, int C, int OC,
+                           Epilogue e) {
+    gemm(ABT, M, OC, C, inp, C, weight, C, out, OC, SET, e);
 }
 
-// dinp = dout weight;  dweight += dout^T inp;  dbias += sum of dout over rows.
+// dinp = dout weight, then the epilogue;  dweight += dout^T inp;  dbias += sum of dout over rows.
 static void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dout,
-                            const float *inp, const float *weight, int M, int C, int OC) {
-    gemm(AB, M, C, OC, dout, OC, weight, C, dinp, C, NULL, SET);
-    gemm(ATB, OC, C, M, dout, OC, inp, C, dweight, C, NULL, ADD);
-    if (!dbias) return;
+                            const float *inp, const float *weight, int M, int C, int OC,
+                            Epilogue e) {
+    gemm(AB, M, C, OC, dout, OC, weight, C, dinp, C, SET, e);
+    gemm(ATB, OC, C, M, dout, OC, inp, C, dweight, C, ADD, NONE);
 
-    enum { COLUMNS = 128 }; // a thread owns columns: each sum has one order, with any threads
-    OMP(omp parallel for if (WORTH((size_t)M * OC)))
-    for (int j0 = 0; j0 < OC; j0 += COLUMNS) {
-        int n = min_int(COLUMNS, OC - j0);
-        float sum[COLUMNS] = {0};
-        for (int i = 0; i < M; i++)
-            for (int j = 0; j < n; j++) sum[j] += dout[(size_t)i * OC + j0 + j];
-        for (int j = 0; j < n; j++) dbias[j0 + j] += sum[j];
+    OMP(omp parallel if (WORTH((size_t)M * OC)))
+    for (int i = 0; dbias && i < M; i++) {
+        OMP(omp for simd schedule(static) nowait) // a thread owns columns, so that each sum has one
+        for (int j = 0; j < OC; j++)              // order, with any number of threads
+            dbias[j] += dout[(size_t)i * OC + j];
     }
+}
+
+// A residual connection: what a branch gives, x, is added to the residual stream y.
+static void residual(float *x, float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
 // The embedding. out (B,T,C) = wte[x] + wpe[position]; x (B,T), wte (Vp,C), wpe (max_seq_len,C).
@@ -412,14 +425,15 @@ static void encoder_forward(float *out, const int *x, const float *wte, const fl
 // dwte[x] += dout;  dwpe[position] += dout.
 static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int *x,
                              int B, int T, int C) {
-    enum { COLUMNS = 16 };
-    OMP(omp parallel for if (WORTH((size_t)B * T * C)))
-    for (int c0 = 0; c0 < C; c0 += COLUMNS) // a thread owns columns, because many positions add to
-        for (int i = 0; i < B * T; i++)     // one row: that of their token
-            for (int c = c0; c < min_int(c0 + COLUMNS, C); c++) {
-                dwte[(size_t)x[i] * C + c] += dout[(size_t)i * C + c];
-                dwpe[(size_t)(i % T) * C + c] += dout[(size_t)i * C + c];
-            }
+    OMP(omp parallel if (WORTH((size_t)B * T * C)))
+    for (int i = 0; i < B * T; i++) {
+        float *token = dwte + (size_t)x[i] * C, *position = dwpe + (size_t)(i % T) * C;
+        OMP(omp for simd schedule(static) nowait) // a thread owns columns, because many positions
+        for (int c = 0; c < C; c++) {             // add to one row: that of their token
+            token[c] += dout[(size_t)i * C + c];
+            position[c] += dout[(size_t)i * C + c];
+        }
+    }
 }
 
 // Layer normalization. For each row of inp (M,C): out = (inp - mean) rstd weight + bias. It keeps
@@ -433,7 +447,6 @@ static void layernorm_forward(float *out, float *mean, float *rstd, const float 
         OMP(omp simd reduction(+ : sum))
         for (int c = 0; c < C; c++) sum += x[c];
         float m = sum / C;
-
         OMP(omp simd reduction(+ : squares))
         for (int c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
         float s = 1 / sqrtf(squares / C + 1e-5f); // 1e-5: a row may be constant
@@ -466,20 +479,14 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
             dx[c] += s * (dy[c] * weight[c] - mean_g - (x[c] - m) * s * mean_gx);
     }
 
-    enum { COLUMNS = 32 };
-    OMP(omp parallel for if (WORTH((size_t)M * C)))
-    for (int c0 = 0; c0 < C; c0 += COLUMNS) { // a thread owns columns, as in matmul_backward()
-        int n = min_int(COLUMNS, C - c0);
-        float dw[COLUMNS] = {0}, db[COLUMNS] = {0};
-        for (int i = 0; i < M; i++) {
-            const float *x = inp + (size_t)i * C + c0, *dy = dout + (size_t)i * C + c0;
-            for (int c = 0; c < n; c++) {
-                dw[c] += dy[c] * (x[c] - mean[i]) * rstd[i];
-                db[c] += dy[c];
-            }
+    OMP(omp parallel if (WORTH((size_t)M * C)))
+    for (int i = 0; i < M; i++) {
+        const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
+        OMP(omp for simd schedule(static) nowait) // as in matmul_backward()
+        for (int c = 0; c < C; c++) {
+            dweight[c] += dy[c] * (x[c] - mean[i]) * rstd[i];
+            dbias[c] += dy[c];
         }
-        for (int c = 0; c < n; c++) dweight[c0 + c] += dw[c];
-        for (int c = 0; c < n; c++) dbias[c0 + c] += db[c];
     }
 }
 
@@ -519,7 +526,7 @@ static inline float exp_and_sum(float *x, int n, float scale, float *largest) {
     return sum;
 }
 
-enum { QUERIES = 128 }; // attention takes so many queries of a head at a time, to save memory
+enum { QUERIES = 256 }; // attention takes so many queries of a head at a time, to save memory
 
 // Attention of each position to every position, before and after it. For each head:
 //   scores = q k^T / sqrt(D),  lse = log sum exp(scores),  out = exp(scores - lse) v
@@ -535,18 +542,17 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
         float *y = out + (size_t)(bh / NH) * T * C + bh % NH * D;
         float *probs = (float *)malloc(sizeof(float) * QUERIES * T);
         if (!probs) die(FAILED, "no memory for attention");
-
         for (int t0 = 0; t0 < T; t0 += QUERIES) {
             int n = min_int(QUERIES, T - t0);
             // Rows of q, k and v are 3C apart, because they are columns of qkv.
-            gemm(ABT, n, T, D, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, probs, T, NULL, SET);
+            gemm(ABT, n, T, D, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, probs, T, SET, NONE);
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, largest;
                 float sum = exp_and_sum(p, T, scale, &largest), inverse = 1 / sum;
                 for (int j = 0; j < T; j++) p[j] *= inverse;
                 lse[(size_t)bh * T + t0 + i] = scale * largest + logf(sum);
             }
-            gemm(AB, n, D, T, probs, T, v, 3 * C, y + (size_t)t0 * C, C, NULL, SET);
+            gemm(AB, n, D, T, probs, T, v, 3 * C, y + (size_t)t0 * C, C, SET, NONE);
         }
         free(probs);
     }
@@ -572,8 +578,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
             const float *dy = dout + ((size_t)(bh / NH) * T + t0) * C + bh % NH * D;
             float *dq = dqkv + at + (size_t)t0 * 3 * C;
 
-            gemm(ABT, n, T, D, q, 3 * C, k, 3 * C, probs, T, NULL, SET);
-            gemm(ABT, n, T, D, dy, C, v, 3 * C, dscores, T, NULL, SET); // holds dp for now
+            gemm(ABT, n, T, D, q, 3 * C, k, 3 * C, probs, T, SET, NONE);
+            gemm(ABT, n, T, D, dy, C, v, 3 * C, dscores, T, SET, NONE); // holds dp for now
             for (int i = 0; i < n; i++) {
                 float *p = probs + (size_t)i * T, *ds = dscores + (size_t)i * T;
                 float log_sum = lse[(size_t)bh * T + t0 + i], sum = 0;
@@ -585,9 +591,9 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
                 for (int j = 0; j < T; j++) ds[j] = scale * p[j] * (ds[j] - sum);
             }
 
-            gemm(AB, n, D, T, dscores, T, k, 3 * C, dq, 3 * C, NULL, SET);
-            gemm(ATB, T, D, n, dscores, T, q, 3 * C, dk, 3 * C, NULL, add);
-            gemm(ATB, T, D, n, probs, T, dy, C, dv, 3 * C, NULL, add);
+            gemm(AB, n, D, T, dscores, T, k, 3 * C, dq, 3 * C, SET, NONE);
+            gemm(ATB, T, D, n, dscores, T, q, 3 * C, dk, 3 * C, add, NONE);
+            gemm(ATB, T, D, n, probs, T, dy, C, dv, 3 * C, add, NONE);
         }
         free(probs);
     }
@@ -596,21 +602,19 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 // GELU in tanh form: 0.5 x (1 + tanh u) = x sigmoid(2u), with u = sqrt(2/pi) (x + 0.044715 x^3).
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
 
-static void gelu_forward(float *out, const float *inp, size_t n) {
-    OMP(omp parallel for simd if (parallel : WORTH(4 * n)))
-    for (size_t i = 0; i < n; i++) {
-        float x = inp[i];
-        out[i] = x / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
-    }
+static void gelu_forward(float *x, float *y, size_t n) {
+    OMP(omp simd)
+    for (size_t i = 0; i < n; i++)
+        y[i] = x[i] / (1 + exp_fast(-GELU_SCALE * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
 }
 
-// With s = sigmoid(2u):  dinp = dout (s + x s (1 - s) d(2u)/dx).  dinp may be dout.
-static void gelu_backward(float *dinp, const float *inp, const float *dout, size_t n) {
-    OMP(omp parallel for simd if (parallel : WORTH(4 * n)))
+// With s = sigmoid(2u):  dy becomes dx = dy (s + x s (1 - s) d(2u)/dx).  inp: the forward's x
+static void gelu_backward(float *dy, float *inp, size_t n) {
+    OMP(omp simd)
     for (size_t i = 0; i < n; i++) {
         float x = inp[i], s = 1 / (1 + exp_fast(-GELU_SCALE * (x + 0.044715f * x * x * x)));
         float slope = GELU_SCALE * (1 + 3 * 0.044715f * x * x); // d(2u)/dx
-        dinp[i] = dout[i] * (s + x * s * (1 - s) * slope);
+        dy[i] *= s + x * s * (1 - s) * slope;
     }
 }
 
@@ -710,7 +714,7 @@ typedef struct {
     float *states; // (P+1,B,T,C) the residual stream, h, before each pass and after the last one;
                    // in inference (B,T,C), which each pass overwrites
     Acts *acts;    // (P) of each pass; in inference or with recompute only one, for all passes
-    float *proj, *cosine, *sine; // (B,T,C) what a pass adds to the stream; (T,D/2), (T,D/2)
+    float *cosine, *sine; // (T,D/2), (T,D/2)
     float *head_inp, *lnf, *lnf_mean, *lnf_rstd, *logits; // head_rows rows of C, C, 1, 1, V
     float *losses;                     // (R) cross entropies of the masked positions
     float *dres, *dln, *datty, *dwide; // gradients (B,T,C), (B,T,C), (B,T,C), (B,T,4C)
@@ -764,11 +768,10 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     const Piece pieces[] = {
         {&m->sequence_loss, 8 * (size_t)B}, {&m->x, 4 * BT}, {&m->targets, 4 * BT},
         {&m->masked, 4 * BT}, {&m->weights, 4 * BT}, {&m->losses, 4 * BT},
-        {&m->states, 4 * BT * C * (training ? P + 1 : 1)}, {&m->proj, 4 * BT * C},
-        {&m->acts, num_acts * sizeof(Acts)}, {&acts_memory, num_acts * acts_bytes},
-        {&m->cosine, half}, {&m->sine, half}, {&m->head_inp, 4 * rows * C},
-        {&m->lnf, 4 * rows * C}, {&m->lnf_mean, 4 * rows}, {&m->lnf_rstd, 4 * rows},
-        {&m->logits, 4 * rows * V},
+        {&m->states, 4 * BT * C * (training ? P + 1 : 1)}, {&m->acts, num_acts * sizeof(Acts)},
+        {&acts_memory, num_acts * acts_bytes}, {&m->cosine, half}, {&m->sine, half},
+        {&m->head_inp, 4 * rows * C}, {&m->lnf, 4 * rows * C}, {&m->lnf_mean, 4 * rows},
+        {&m->lnf_rstd, 4 * rows}, {&m->logits, 4 * rows * V},
         {&m->dres, grad}, {&m->dln, grad}, {&m->datty, grad}, {&m->dwide, 4 * grad},
         {&m->before, kept}, {&m->settled, kept},
     };
@@ -832,27 +835,23 @@ static int model_noise(Model *m, const int *targets, const int *given, Noise n, 
 // block, but with rotary positions and without the causal mask.
 static void block_forward(Model *m, int p, int layer) {
     int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
-    size_t BTC = (size_t)BT * C;
     float *w[NUM_TENSORS], *inp = pass_input(m, p), *out = pass_input(m, p + 1);
     layer_tensors(w, &m->params, layer);
     Acts a = m->acts[m->training && !m->recompute ? p : 0]; // 0: all passes share one
 
     // Attention mixes positions.
     layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, w[LN1W], w[LN1B], BT, C);
-    matmul_forward(a.qkv, a.ln1, w[QKVW], w[QKVB], BT, C, 3 * C);
+    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){w[QKVB], NULL, NULL});
     rope(a.qkv, m->cosine, m->sine, 1, B, T, C, NH);
     attention_forward(a.atty, a.lse, a.qkv, B, T, C, NH);
-    matmul_forward(m->proj, a.atty, w[ATTPROJW], w[ATTPROJB], BT, C, C);
-    OMP(omp parallel for simd if (parallel : WORTH(BTC)))
-    for (size_t i = 0; i < BTC; i++) a.res2[i] = inp[i] + m->proj[i]; // residual connection
+    Epilogue add_inp = {w[ATTPROJB], residual, inp};
+    matmul_forward(a.res2, a.atty, w[ATTPROJW], BT, C, C, add_inp);
 
     // The MLP works on each position by itself.
     layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.res2, w[LN2W], w[LN2B], BT, C);
-    matmul_forward(a.fch, a.ln2, w[FCW], w[FCB], BT, C, 4 * C);
-    gelu_forward(a.fch_gelu, a.fch, 4 * BTC);
-    matmul_forward(m->proj, a.fch_gelu, w[FCPROJW], w[FCPROJB], BT, 4 * C, C);
-    OMP(omp parallel for simd if (parallel : WORTH(BTC)))
-    for (size_t i = 0; i < BTC; i++) out[i] = a.res2[i] + m->proj[i];
+    Epilogue gelu = {w[FCB], gelu_forward, a.fch_gelu}, add_res2 = {w[FCPROJB], residual, a.res2};
+    matmul_forward(a.fch, a.ln2, w[FCW], BT, C, 4 * C, gelu);
+    matmul_forward(out, a.fch_gelu, w[FCPROJW], BT, 4 * C, C, add_res2);
 }
 
 // Its mirror: m->dres is the gradient of pass_input(p + 1) and becomes that of pass_input(p). The
@@ -860,23 +859,24 @@ static void block_forward(Model *m, int p, int layer) {
 static void block_backward(Model *m, int p, int layer) {
     if (m->recompute) block_forward(m, p, layer); // the same numbers again
     int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
-    float *w[NUM_TENSORS], *dw[NUM_TENSORS], *dres = m->dres, *dwide = m->dwide, *dln = m->dln;
+    float *w[NUM_TENSORS], *dw[NUM_TENSORS];
+    float *dres = m->dres, *dln = m->dln, *datty = m->datty, *dwide = m->dwide;
     layer_tensors(w, &m->params, layer);
     layer_tensors(dw, &m->grads, layer);
     Acts a = m->acts[m->training && !m->recompute ? p : 0];
 
     // The MLP, from its end to its beginning.
-    matmul_backward(dwide, dw[FCPROJW], dw[FCPROJB], dres, a.fch_gelu, w[FCPROJW], BT, 4 * C, C);
-    gelu_backward(dwide, a.fch, dwide, (size_t)BT * 4 * C);
-    matmul_backward(dln, dw[FCW], dw[FCB], dwide, a.ln2, w[FCW], BT, C, 4 * C);
+    matmul_backward(dwide, dw[FCPROJW], dw[FCPROJB], dres, a.fch_gelu, w[FCPROJW], BT, 4 * C, C,
+                    (Epilogue){NULL, gelu_backward, a.fch});
+    matmul_backward(dln, dw[FCW], dw[FCB], dwide, a.ln2, w[FCW], BT, C, 4 * C, NONE);
     layernorm_backward(dres, dw[LN2W], dw[LN2B], dln, a.res2, w[LN2W], a.ln2_mean, a.ln2_rstd,
                        BT, C);
 
     // Attention. Its dqkv takes the place of the MLP's gradient in dwide.
-    matmul_backward(m->datty, dw[ATTPROJW], dw[ATTPROJB], dres, a.atty, w[ATTPROJW], BT, C, C);
-    attention_backward(dwide, m->datty, a.qkv, a.lse, B, T, C, NH);
+    matmul_backward(datty, dw[ATTPROJW], dw[ATTPROJB], dres, a.atty, w[ATTPROJW], BT, C, C, NONE);
+    attention_backward(dwide, datty, a.qkv, a.lse, B, T, C, NH);
     rope(dwide, m->cosine, m->sine, -1, B, T, C, NH);
-    matmul_backward(dln, dw[QKVW], dw[QKVB], dwide, a.ln1, w[QKVW], BT, C, 3 * C);
+    matmul_backward(dln, dw[QKVW], dw[QKVB], dwide, a.ln1, w[QKVW], BT, C, 3 * C, NONE);
     layernorm_backward(dres, dw[LN1W], dw[LN1B], dln, pass_input(m, p), w[LN1W], a.ln1_mean,
                        a.ln1_rstd, BT, C);
 }
@@ -888,14 +888,14 @@ static void head_forward(Model *m, const int *positions, int R) {
     for (int r = 0; r < R; r++)
         memcpy(m->head_inp + (size_t)r * C, last + (size_t)positions[r] * C, C * sizeof(float));
     layernorm_forward(m->lnf, m->lnf_mean, m->lnf_rstd, m->head_inp, w[LNFW], w[LNFB], R, C);
-    matmul_forward(m->logits, m->lnf, w[WTE], NULL, R, C, m->config.vocab_size);
+    matmul_forward(m->logits, m->lnf, w[WTE], R, C, m->config.vocab_size, NONE);
 }
 
 // From dlogits (R,V), in m->logits, to m->dres at these positions. m->datty serves as a buffer.
 static void head_backward(Model *m, const int *positions, int R) {
-    int C = m->config.channels;
+    int C = m->config.channels, V = m->config.vocab_size;
     float **w = m->params.tensor, **dw = m->grads.tensor;
-    matmul_backward(m->dln, dw[WTE], NULL, m->logits, m->lnf, w[WTE], R, C, m->config.vocab_size);
+    matmul_backward(m->dln, dw[WTE], NULL, m->logits, m->lnf, w[WTE], R, C, V, NONE);
     memset(m->datty, 0, (size_t)R * C * sizeof(float));
     layernorm_backward(m->datty, dw[LNFW], dw[LNFB], m->dln, m->head_inp, w[LNFW], m->lnf_mean,
                        m->lnf_rstd, R, C);

@@ -2,7 +2,7 @@
 The matrix product and the exponential that loopmdm.c uses if it finds this file. In fp32 they
 compute the same as the plain versions in loopmdm.c, 10 to 50 times as fast.
 
-    gemm(product, M, N, K, a, lda, b, ldb, c, ldc, bias, add)       c = or += a b + bias
+    gemm(product, M, N, K, a, lda, b, ldb, c, ldc, add, epilogue)       c = or += a b, and then
 
 The algorithm is that of GotoBLAS and BLIS: five loops around a microkernel. Each loop keeps one
 piece of the operands in one cache.
@@ -46,7 +46,7 @@ enum { VECTOR = 4, MR = 12 };
 enum { VECTOR = 4, MR = 6 };
 #define INTERLEAVE(i) PAIRS2(i)
 #endif
-enum { NR = 2 * VECTOR, KC = 512, MOST_MC = 128 };
+enum { NR = 2 * VECTOR, KC = 512, MC = 48, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)),
                                  may_alias));
 
@@ -212,69 +212,58 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
         }
 }
 
-#include "gemm_bf16.h" // bf16_pack() and bf16_tile(), in place of gemm_pack() and gemm_micro()
-
-// Packs n rows of A or columns of B, of k values each.
-static void gemm_pack_operand(float *dst, const float *src, size_t stride_n, size_t stride_k, int n,
-                              int k, int is_a) {
-    int width = is_a ? (int)MR : (int)NR;
-    if (bf16_kernel) {
-        bf16_pack((pair *)dst, src, stride_n, stride_k, n, k, is_a);
-        return;
-    }
-    gemm_pack(dst, src, stride_n, stride_k, n, k, width);
-    if (gemm_bf16) bf16_round(dst, (size_t)(n + width - 1) / width * width * k);
-}
-
-// How many floats of memory a packed row of A, or column of B, of k values takes.
-static size_t gemm_packed(int k) {
-    return bf16_kernel ? (size_t)(k + DEPTH - 1) / DEPTH * TILE : (size_t)k;
-}
-
-// How M and N are cut (see the top). One call of the microkernel computes mr x nr; mc, nt and nc
-// are multiples of these.
-typedef struct { int mr, nr, mc, nt, nc; } Blocks;
-
-static Blocks gemm_blocks(void) {
-    Blocks floats = {MR, NR, 48, 512, 4096}, bf16 = {SQUARE, SQUARE, MOST_MC, 1024, 1024};
-    return bf16_kernel ? bf16 : floats;
-}
-
 // c (M,N) = or += a b + bias. Element (i,p) of a is a[i*a_row + p*a_col], likewise b; rows of c are
 // ldc apart.
 typedef struct {
     int M, N, K;
-    const float *a, *b, *bias;
+    const float *a, *b;
     size_t a_row, a_col, b_row, b_col, ldc;
     float *c;
     int add;
+    Epilogue e;
 } Product;
 
 typedef struct { int n0, n, k0, k; } Panel; // of B: columns n0 .. n0+n, rows k0 .. k0+k
 
+// Finishes rows i0 .. i0+m, and columns j0 .. j0+n of the panel's, if this was the last step of K.
+static void gemm_finish_tile(const Product *g, Panel p, int i0, int m, int j0, int n) {
+    enum { LINE = 16 }; // floats of a cache line
+    if (!g->e.finish || p.k0 + p.k < g->K) return;
+    for (int i = i0; i < i0 + m; i++) {
+        size_t at = i * g->ldc + p.n0 + j0;
+        for (int j = 0; j < n; j += LINE)
+            __builtin_prefetch(g->e.other + at + g->ldc + j); // of the next row
+        g->e.finish(g->c + at, g->e.other + at, n);
+    }
+}
+
+#include "gemm_bf16.h" // bf16_product(), for processors with instructions for bfloat16
+
+// Packs n rows of A or columns of B, of k values each.
+static void gemm_pack_operand(float *dst, const float *src, size_t stride_n, size_t stride_k, int n,
+                              int k, int width) {
+    gemm_pack(dst, src, stride_n, stride_k, n, k, width);
+    if (gemm_bf16) bf16_round(dst, (size_t)(n + width - 1) / width * width * k);
+}
+
 // Packs columns j .. j+n of a panel.
 static void gemm_pack_b(const Product *g, Panel p, int j, int n, float *b_packed) {
     const float *b = g->b + p.k0 * g->b_row + (p.n0 + j) * g->b_col;
-    gemm_pack_operand(b_packed + j * gemm_packed(p.k), b, g->b_col, g->b_row, n, p.k, 0);
+    gemm_pack_operand(b_packed + (size_t)j * p.k, b, g->b_col, g->b_row, n, p.k, NR);
 }
 
-// A tile of c, in one thread: rows i0 .. i0+m, the panel's columns j0 .. j0+n. m <= MOST_MC. In
+// A tile of c, in one thread: rows i0 .. i0+m, the panel's columns j0 .. j0+n. m <= MC. In
 // fp32, rows of A whose values lie side by side along K are read where they lie; a last group of
 // fewer than MR rows is packed. In all other cases A is packed first.
 static void gemm_tile(const Product *g, Panel p, int i0, int m, int j0, int n,
                       const float *b_packed) {
     const float *a = g->a + i0 * g->a_row + p.k0 * g->a_col;
-    const float *bias = g->bias && p.k0 == 0 ? g->bias + p.n0 + j0 : NULL;
-    float *c = g->c + i0 * g->ldc + p.n0 + j0, *a_packed = gemm_memory(0, MOST_MC * KC);
+    const float *bias = g->e.bias && p.k0 == 0 ? g->e.bias + p.n0 + j0 : NULL;
+    float *c = g->c + i0 * g->ldc + p.n0 + j0, *a_packed = gemm_memory(0, MC * KC);
     int add = g->add == ADD || p.k0 > 0;
     int in_place = !gemm_bf16 && g->a_col == 1 ? m / MR * MR : 0; // rows that are not packed
-    b_packed += j0 * gemm_packed(p.k);
-    gemm_pack_operand(a_packed, a + in_place * g->a_row, g->a_row, g->a_col, m - in_place, p.k, 1);
-    if (bf16_kernel) {
-        bf16_tile(m, n, (p.k + DEPTH - 1) / DEPTH, (const pair *)a_packed,
-                  (const pair *)b_packed, c, g->ldc, bias, add);
-        return;
-    }
+    b_packed += (size_t)j0 * p.k;
+    gemm_pack_operand(a_packed, a + in_place * g->a_row, g->a_row, g->a_col, m - in_place, p.k, MR);
     for (int j = 0; j < n; j += NR)
         for (int i = 0; i < m; i += MR) {
             int packed = i >= in_place;
@@ -283,35 +272,36 @@ static void gemm_tile(const Product *g, Panel p, int i0, int m, int j0, int n,
                        b_packed + j * (size_t)p.k, c + i * g->ldc + j, g->ldc, min_int(MR, m - i),
                        min_int(NR, n - j), bias ? bias + j : NULL, add);
         }
+    gemm_finish_tile(g, p, i0, m, j0, n);
 }
 
 // All blocks in one thread.
-static void gemm_alone(const Product *g, Blocks z, int kc, float *b_packed) {
-    for (int n0 = 0; n0 < g->N; n0 += z.nc)
+static void gemm_alone(const Product *g, int kc, float *b_packed) {
+    for (int n0 = 0; n0 < g->N; n0 += NC)
         for (int k0 = 0; k0 < g->K; k0 += kc) {
-            Panel p = {n0, min_int(z.nc, g->N - n0), k0, min_int(kc, g->K - k0)};
+            Panel p = {n0, min_int(NC, g->N - n0), k0, min_int(kc, g->K - k0)};
             gemm_pack_b(g, p, 0, p.n, b_packed);
-            for (int i = 0; i < g->M; i += z.mc)
-                gemm_tile(g, p, i, min_int(z.mc, g->M - i), 0, p.n, b_packed);
+            for (int i = 0; i < g->M; i += MC)
+                gemm_tile(g, p, i, min_int(MC, g->M - i), 0, p.n, b_packed);
         }
 }
 
 #ifdef _OPENMP
 // The same with all threads. They pack a panel of B together, then take tiles of C.
-static void gemm_shared(const Product *g, Blocks z, int kc, float *b_packed) {
-    int shares = 4 * omp_get_max_threads(), columns = 4 * z.nr; // some cores may be slower
-    int rows = min_int(z.mc, (g->M + shares * z.mr - 1) / (shares * z.mr) * z.mr);
+static void gemm_shared(const Product *g, int kc, float *b_packed) {
+    int shares = 4 * omp_get_max_threads(), columns = 4 * NR; // some cores may be slower
+    int rows = min_int(MC, (g->M + shares * MR - 1) / (shares * MR) * MR);
 #pragma omp parallel
-    for (int n0 = 0; n0 < g->N; n0 += z.nc)
+    for (int n0 = 0; n0 < g->N; n0 += NC)
         for (int k0 = 0; k0 < g->K; k0 += kc) {
-            Panel p = {n0, min_int(z.nc, g->N - n0), k0, min_int(kc, g->K - k0)};
+            Panel p = {n0, min_int(NC, g->N - n0), k0, min_int(kc, g->K - k0)};
 #pragma omp for
             for (int j = 0; j < p.n; j += columns)
                 gemm_pack_b(g, p, j, min_int(columns, p.n - j), b_packed);
 #pragma omp for collapse(2) schedule(dynamic)
             for (int i = 0; i < g->M; i += rows)
-                for (int j = 0; j < p.n; j += z.nt)
-                    gemm_tile(g, p, i, min_int(rows, g->M - i), j, min_int(z.nt, p.n - j),
+                for (int j = 0; j < p.n; j += NT)
+                    gemm_tile(g, p, i, min_int(rows, g->M - i), j, min_int(NT, p.n - j),
                               b_packed);
         }
 }
@@ -319,19 +309,28 @@ static void gemm_shared(const Product *g, Blocks z, int kc, float *b_packed) {
 
 // See loopmdm.c. Attention calls it inside a parallel region: then one thread does all.
 static void gemm(int product, int M, int N, int K, const float *a, int lda, const float *b, int ldb,
-                 float *c, int ldc, const float *bias, int add) {
+                 float *c, int ldc, int add, Epilogue e) {
     size_t a_row = product == ATB ? 1 : lda, a_col = product == ATB ? lda : 1;
     size_t b_row = product == ABT ? 1 : ldb, b_col = product == ABT ? ldb : 1;
-    Product g = {M, N, K, a, b, bias, a_row, a_col, b_row, b_col, (size_t)ldc, c, add};
-    Blocks z = gemm_blocks();
-    int steps = (K + KC - 1) / KC, kc = (K + steps - 1) / steps; // K in steps of one size
-    if (bf16_kernel) kc = (kc + DEPTH - 1) / DEPTH * DEPTH; // whole tiles
-    float *b_packed = gemm_memory(1, (min_int(N, z.nc) + z.nr) * gemm_packed(kc));
+    Product g = {M, N, K, a, b, a_row, a_col, b_row, b_col, (size_t)ldc, c, add, e};
 #ifdef _OPENMP
-    if (omp_get_level() == 0 && WORTH((size_t)M * N * K / 16)) {
-        gemm_shared(&g, z, kc, b_packed);
+    int shared = omp_get_level() == 0 && WORTH((size_t)M * N * K / 16);
+#else
+    int shared = 0;
+#endif
+#ifdef TARGET
+    if (bf16_kernel) {
+        bf16_product(&g, shared);
         return;
     }
 #endif
-    gemm_alone(&g, z, kc, b_packed);
+    int steps = (K + KC - 1) / KC, kc = (K + steps - 1) / steps; // K in steps of one size
+    float *b_packed = gemm_memory(1, (size_t)(min_int(N, NC) + NR) * kc);
+#ifdef _OPENMP
+    if (shared) {
+        gemm_shared(&g, kc, b_packed);
+        return;
+    }
+#endif
+    gemm_alone(&g, kc, b_packed);
 }

@@ -2,7 +2,8 @@
 Where the time of a training step goes on the CPU: milliseconds and floating point operations per
 second of each kind of work.
 
-    make build/profile && build/profile [PRESET [V [B [S [T]]]]]   default: d6 4096 16 4, preset's T
+    make build/profile && build/profile [PRESET [V [B [S [T]]]]] [bf16]
+                          default: d6 4096 16 4, the preset's T, fp32
 
 gcc's -finstrument-functions calls the two hooks below whenever a function of loopmdm.c begins or
 ends. So it times the program itself, in its own order, with the caches as they are. Built as a
@@ -20,13 +21,13 @@ enum {
     QKV_FORWARD, PROJ_FORWARD, FC_FORWARD, FCPROJ_FORWARD,
     QKV_BACKWARD, PROJ_BACKWARD, FC_BACKWARD, FCPROJ_BACKWARD,
     LOGITS_FORWARD, LOGITS_BACKWARD, ATTENTION_FORWARD, ATTENTION_BACKWARD,
-    NORM, ROPE, GELU, SOFTMAX, UPDATE, BATCH, EMBED, STEP, NUM_KINDS
+    NORM, ROPE, SOFTMAX, UPDATE, BATCH, EMBED, STEP, NUM_KINDS
 };
 static const char *const kind_names[NUM_KINDS] = {
     "qkv", "attproj", "fc", "fcproj",
     "qkv, backward", "attproj, backward", "fc, backward", "fcproj, backward",
     "logits", "logits, backward", "attention", "attention, backward",
-    "LayerNorm", "rotary positions", "GELU", "cross entropy", "norm and AdamW", "batch and noise",
+    "LayerNorm", "rotary positions", "cross entropy", "norm and AdamW", "batch and noise",
     "embedding", "step",
 };
 static double kind_seconds[NUM_KINDS], kind_flops[NUM_KINDS], began;
@@ -43,7 +44,6 @@ HOOK static int kind_of(void *f) {
     if (f == (void *)attention_backward) return ATTENTION_BACKWARD;
     if (f == (void *)layernorm_forward || f == (void *)layernorm_backward) return NORM;
     if (f == (void *)rope) return ROPE;
-    if (f == (void *)gelu_forward || f == (void *)gelu_backward) return GELU;
     if (f == (void *)crossentropy) return SOFTMAX;
     if (f == (void *)gradient_norm || f == (void *)model_update) return UPDATE;
     if (f == (void *)data_sequence || f == (void *)model_noise) return BATCH;
@@ -111,9 +111,9 @@ double bench_peak(double duration) {
 // of the weight. inp (M,C), weight (OC,C), out (M,OC). Returns seconds.
 double bench_matmul(int kind, float *out, float *inp, float *weight, int M, int C, int OC) {
     double start = seconds();
-    if (kind == 0) gemm(ABT, M, OC, C, inp, C, weight, C, out, OC, NULL, SET);
-    if (kind == 1) gemm(AB, M, C, OC, out, OC, weight, C, inp, C, NULL, SET);
-    if (kind == 2) gemm(ATB, OC, C, M, out, OC, inp, C, weight, C, NULL, SET);
+    if (kind == 0) gemm(ABT, M, OC, C, inp, C, weight, C, out, OC, SET, NONE);
+    if (kind == 1) gemm(AB, M, C, OC, out, OC, weight, C, inp, C, SET, NONE);
+    if (kind == 2) gemm(ATB, OC, C, M, out, OC, inp, C, weight, C, SET, NONE);
     return seconds() - start;
 }
 
@@ -220,6 +220,11 @@ HOOK static void print_table(double all, double peak) {
 }
 
 HOOK int main(int argc, char **argv) {
+    const char *products = "fp32";
+    if (argc > 1 && !strcmp(argv[argc - 1], "bf16")) {
+        products = gemm_use_bf16();
+        argc--;
+    }
     const char *name = argc > 1 ? argv[1] : "d6";
     int V = argc > 2 ? atoi(argv[2]) : 4096, B = argc > 3 ? atoi(argv[3]) : 16;
     int S = argc > 4 ? atoi(argv[4]) : 4;
@@ -261,7 +266,8 @@ HOOK int main(int argc, char **argv) {
         best = fmin(best, took);
     }
     printf("%s, V=%d, T=%d, B=%d, S=%d: a training step takes %.1f ms (best of %d; below means); "
-           "peak %.0f GFLOP/s\n\n", name, V, T, B, S, best * 1e3, STEPS, peak * 1e-9);
+           "products in %s; fp32 peak %.0f GFLOP/s\n\n", name, V, T, B, S, best * 1e3, STEPS,
+           products, peak * 1e-9);
     count_flops(c, B, T, S, masked / STEPS);
     print_table(all, peak);
     return 0;

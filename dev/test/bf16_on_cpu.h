@@ -27,6 +27,10 @@ static void _tile_loadd(int tile, const void *from, size_t stride) {
     if (!amx_configured) __builtin_trap();
     for (int i = 0; i < 16; i++) memcpy(amx_tiles[tile][i], (const char *)from + i * stride, 64);
 }
+static void _tile_zero(int tile) {
+    if (!amx_configured) __builtin_trap();
+    memset(amx_tiles[tile], 0, sizeof amx_tiles[tile]);
+}
 static void _tile_stored(int tile, void *to, size_t stride) {
     for (int i = 0; i < 16; i++) memcpy((char *)to + i * stride, amx_tiles[tile][i], 64);
 }
@@ -43,6 +47,8 @@ static void _tile_dpbf16ps(int c, int a, int b) {
 
 // ---- AVX512-BF16: vectors of 64 bytes ----
 
+static uint32_t to_bf16(float x);
+
 typedef float __m512 __attribute__((vector_size(64)));
 typedef uint32_t __m512i __attribute__((vector_size(64)));
 typedef __m512i __m512bh;
@@ -57,3 +63,24 @@ typedef __m512i __m512bh;
     __m512 s_ = sum; \
     for (int i_ = 0; i_ < 16; i_++) s_[i_] = add_product_of_pairs(s_[i_], (x)[i_], (y)[i_]); \
     s_; })
+
+// What packing uses: floats that a mask leaves out are not read.
+typedef uint16_t __mmask16;
+typedef uint16_t halves __attribute__((vector_size(64)));
+#define _mm512_storeu_si512(to, x) memcpy(to, &(x), 64)
+#define _mm512_maskz_loadu_ps(mask, from) ({ \
+    __m512 x_ = {0}; \
+    for (int i_ = 0; i_ < 16; i_++) \
+        if ((uint16_t)(mask) >> i_ & 1) x_[i_] = (from)[i_]; \
+    x_; })
+#define _mm512_cvtne2ps_pbh(high, low) ({ \
+    halves h_ = {0}; \
+    for (int i_ = 0; i_ < 16; i_++) { \
+        h_[i_] = (uint16_t)to_bf16((low)[i_]); \
+        h_[16 + i_] = (uint16_t)to_bf16((high)[i_]); \
+    } \
+    (__m512i)h_; })
+#define _mm512_permutexvar_epi16(places, x) ({ \
+    halves from_ = (halves)(x), at_ = (halves)(places), to_ = {0}; \
+    for (int i_ = 0; i_ < 32; i_++) to_[i_] = from_[at_[i_]]; \
+    (__m512i)to_; })
