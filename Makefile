@@ -40,7 +40,7 @@ works = $(shell mkdir -p build && echo '$(3)' | tr '@' '\n' | \
 	$(1) $(2) -o build/probe - >build/probe.log 2>&1 && echo $(2))
 MAIN := int main(void) { return 0; }
 OMP_MAIN := $(HASH)include <omp.h>@int main(void) { return omp_get_max_threads(); }
-# gcc and clang use half of AVX-512's vectors unless told: the first such CPUs slowed down.
+# gcc and clang use vectors of half AVX-512's width unless told: the first such CPUs slowed down.
 ARCH := $(call works,$(CC) -x c,-march=native,$(MAIN)) \
 	$(call works,$(CC) -x c,-mprefer-vector-width=512,$(MAIN))
 OPENMP := $(call works,$(CC) -x c,-fopenmp,$(OMP_MAIN))

@@ -356,7 +356,7 @@ enum { SET, ADD };     // c =, c +=
 typedef struct Epilogue {
     const float *bias;                            // (N) is added, if not NULL
     void (*finish)(float *x, float *y, size_t n); // x: n numbers of a row of c; NULL: nothing
-    float *other;                                 // y: those at the same place in this matrix
+    float *other;                                 // y: those at the same place here; rows ldc apart
 } Epilogue;
 static const Epilogue NONE = {NULL, NULL, NULL};
 
@@ -407,7 +407,7 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
     }
 }
 
-// A residual connection: what a branch gives, x, is added to the residual stream y.
+// A residual connection: x, what a branch gives, becomes x + y, the stream after it.
 static void residual(float *x, float *y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
@@ -599,7 +599,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
     }
 }
 
-// GELU in tanh form: 0.5 x (1 + tanh u) = x sigmoid(2u), with u = sqrt(2/pi) (x + 0.044715 x^3).
+// GELU in tanh form: y = 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
 
 static void gelu_forward(float *x, float *y, size_t n) {

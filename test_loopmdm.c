@@ -785,6 +785,13 @@ static void check_gemm(const char *kernel) {
     int columns = bf16_kernel ? BF16_PANEL / DEPTH + 9 : NC + 9;
     check("matrix product, relative", gemm_error(ABT, 3, columns, 5, 3, 1, ADD, 1), 5e-6,
           "%s, a b^T, %d columns", kernel, columns);
+
+    // Several panels that threads share
+    columns = bf16_kernel ? BF16_PANEL / BF16_KC + 9 : NC + 9;
+    int rows = FEWER_SHAPES > 1 ? 40 : columns + 5;
+    double e = gemm_error(AB, rows, columns, bf16_kernel ? BF16_KC : 20, 0, 0, ADD, 1);
+    e = worse(e, gemm_error(ATB, rows, columns, bf16_kernel ? BF16_KC : 20, 3, 1, SET, 1));
+    check("matrix product, relative", e, 5e-6, "%s, %d rows, %d columns", kernel, rows, columns);
 #endif
 }
 

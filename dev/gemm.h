@@ -7,15 +7,15 @@ compute the same as the plain versions in loopmdm.c, 10 to 50 times as fast.
 The algorithm is that of GotoBLAS and BLIS: five loops around a microkernel. Each loop keeps one
 piece of the operands in one cache.
 
-    N in steps of nc
-      K in steps of KC      a panel of B, packed: KC x nc, in L3; threads pack it together
-        tiles mc x nt         of C: mc x KC of A stay in the L2 of the thread that takes the tile
+    N in steps of NC
+      K in steps of KC      a panel of B, packed: KC x NC, in L3; threads pack it together
+        tiles MC x NT         of C: MC x KC of A stay in the L2 of the thread that takes the tile
           N in steps of NR      KC x NR of B, in L1, or in L2 if L1 is too small
             M in steps of MR      the microkernel: MR x NR sums stay in registers
               K                     one column of A times one row of B
 
-    K is cut into equal steps of at most KC; gemm_blocks() has nc, mc and nt. In bf16 the last two
-    loops over N and M change places: 32 rows of A in L1, and the panel of B in L2.
+    K is cut into equal steps of at most KC. gemm_bf16.h has its own sizes and loops: there the last
+    two loops over N and M change places, and if C is wide, each thread packs its own columns of B.
 
                NR               "Packed" means: in the order in which the microkernel reads. First
         B  k > |||||            MR values of A, then the next MR; first NR values of B, then the
@@ -23,7 +23,8 @@ piece of the operands in one cache.
    MR -----> | C tile|
     ^ k      +-------+          GCC's vector extension becomes AVX-512, AVX2, SSE or NEON code.
 
-loopmdm.c includes this file. It has die(), min_int(), OMP, WORTH and the names AB, ABT, ATB, ADD.
+loopmdm.c includes this file. It has die(), min_int(), max_int(), OMP, WORTH, Epilogue and
+the names AB, ABT, ATB, ADD.
 */
 #ifdef _OPENMP
 #include <omp.h>
@@ -212,8 +213,8 @@ static inline void gemm_micro(int k, const float *a, size_t a_row, size_t a_col,
         }
 }
 
-// c (M,N) = or += a b + bias. Element (i,p) of a is a[i*a_row + p*a_col], likewise b; rows of c are
-// ldc apart.
+// c (M,N) = or += a b, and then the epilogue. Element (i,p) of a is a[i*a_row + p*a_col], likewise
+// b; rows of c are ldc apart.
 typedef struct {
     int M, N, K;
     const float *a, *b;

@@ -65,7 +65,6 @@ typedef __m512i __m512bh;
     s_; })
 
 // What packing uses: floats that a mask leaves out are not read.
-typedef uint16_t __mmask16;
 typedef uint16_t halves __attribute__((vector_size(64)));
 #define _mm512_storeu_si512(to, x) memcpy(to, &(x), 64)
 #define _mm512_maskz_loadu_ps(mask, from) ({ \
