@@ -35,19 +35,19 @@ the names AB, ABT, ATB, ADD.
 #define PAIRS2(i) i, VECTOR + i, i + 1, VECTOR + i + 1
 #define PAIRS4(i) PAIRS2(i), PAIRS2(i + 2)
 #if defined(__AVX512F__)
-enum { VECTOR = 16, MR = 12 }; // floats in a vector; MR x 2 vectors of sums fill the registers
+enum { VECTOR = 16, MR = 14, MC = 56 }; // floats in a vector; MR x 2 sums fill the registers
 #define INTERLEAVE(i) PAIRS4(i), PAIRS4(i + 4)
 #elif defined(__AVX__)
-enum { VECTOR = 8, MR = 6 };
+enum { VECTOR = 8, MR = 6, MC = 48 };
 #define INTERLEAVE(i) PAIRS4(i)
 #elif defined(__aarch64__)
-enum { VECTOR = 4, MR = 12 };
+enum { VECTOR = 4, MR = 12, MC = 48 };
 #define INTERLEAVE(i) PAIRS2(i)
 #else
-enum { VECTOR = 4, MR = 6 };
+enum { VECTOR = 4, MR = 6, MC = 48 };
 #define INTERLEAVE(i) PAIRS2(i)
 #endif
-enum { NR = 2 * VECTOR, KC = 512, MC = 48, NT = 512, NC = 4096 };
+enum { NR = 2 * VECTOR, KC = 512, NT = 512, NC = 4096 };
 typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float)),
                                  may_alias));
 
