@@ -2,8 +2,9 @@
 # What a change gained: training steps of several commits, in turns on this machine.
 #     bash dev/bench/compare.sh COMMIT COMMIT...      e.g. HEAD~1 HEAD; "." is the working tree
 # SHAPE="d6 4096 16 1" is the default: preset, V, B, S and, if not the preset's, T. SHAPE=train
-# is the shape of make train. In each of TURNS=9 turns every program trains the same steps on the
-# same tokens, and each turn begins with another program.
+# is the shape of make train. PRECISION=bf16 is for programs that have --precision. In each of
+# TURNS=9 turns every program trains the same steps on the same tokens, and each turn begins with
+# another program.
 # Prints milliseconds of a step, and the speed relative to the first commit. "best" takes each step
 # from its fastest turn, "median" from its median turn. Where the two disagree, there was noise.
 set -euo pipefail
@@ -11,6 +12,7 @@ set -euo pipefail
 turns=${TURNS:-9} shape=${SHAPE:-d6 4096 16 1} work=build/compare
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # see Makefile
 flags="-O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp"
+[ "$(uname -m)" != x86_64 ] || flags+=" -mprefer-vector-width=512" # see Makefile
 
 if [ "$shape" = train ]; then
     V=703 B=4 T=96
@@ -23,6 +25,7 @@ else
     # The present d12 would take 8 batches a step and keep an average. Old programs do not.
     if [ "$preset" = d12 ]; then options+=" --accum 1 --ema 0"; fi
 fi
+[ "${PRECISION:-fp32}" = fp32 ] || options+=" --precision $PRECISION"
 options+=" --vocab $V --batch $B --seq-len $T --data $work/data.bin"
 
 # Each commit's program. Before the tools became a file of their own, loopmdm.c was all of it.
