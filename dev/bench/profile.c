@@ -265,7 +265,7 @@ HOOK int main(int argc, char **argv) {
         masked += g.masked;
         best = fmin(best, took);
     }
-    printf("%s, V=%d, T=%d, B=%d, S=%d: a training step takes %.1f ms (best of %d; below means); "
+    printf("%s, V=%d, T=%d, B=%d, S=%d: a training step takes %.1f ms (best of %d; below means)\n"
            "products in %s; fp32 peak %.0f GFLOP/s\n\n", name, V, T, B, S, best * 1e3, STEPS,
            products, peak * 1e-9);
     count_flops(c, B, T, S, masked / STEPS);
