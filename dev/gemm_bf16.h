@@ -52,8 +52,9 @@ static Kernel *bf16_kernel; // NULL: floats, rounded if gemm_bf16
 static int gemm_bf16;       // products are in bfloat16
 
 #ifdef TARGET
-// AVX512-BF16 (AMD since Zen 4, some Intel Xeons since 2020): one instruction adds 16 products of
-// pairs to 16 sums. `strips` is a constant where this is inlined, so all sums stay in registers.
+// AVX512-BF16 (AMD since Zen 4): one instruction adds 16 products of pairs to 16 sums. Intel has it
+// too, but there two fp32 instructions are faster than one of these. `strips` is a constant where
+// this is inlined, so all sums stay in registers.
 TARGET("avx512f,avx512bf16") __attribute__((always_inline))
 static inline void bf16_avx512_strips(int tiles, int strips, const pair *a, const pair *b,
                                       const float *init, size_t init_row, float *c, size_t ldc) {
@@ -167,7 +168,7 @@ static const char *gemm_use_bf16(void) {
         bf16_kernel = bf16_amx;
         return "bf16, by AMX";
     }
-    if (packs) {
+    if (packs && __builtin_cpu_is("amd")) {
         bf16_kernel = bf16_avx512;
         return "bf16, by AVX512-BF16";
     }
