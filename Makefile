@@ -210,7 +210,7 @@ test:
 # ---- dev/bench: where the time of a step goes, and what bench.py cannot time from outside ----
 
 # Small functions are not timed: the hooks would take longer than they do.
-SMALL = exp_and_sum,gelu_,residual,_int,random_,noise_level,becomes_mask,sequences,seconds,omp_fn
+SMALL = exp_and_sum,gelu_,_int,random_,noise_level,becomes_mask,sequences,seconds,omp_fn
 build/profile: dev/bench/profile.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) -finstrument-functions -finstrument-functions-exclude-file-list=dev/gemm \
 		-finstrument-functions-exclude-function-list=$(SMALL) $< -o $@ -lm

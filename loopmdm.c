@@ -355,10 +355,11 @@ enum { SET, ADD };     // c =, c +=
 // What happens to a product c at its end, while each piece is still in the cache
 typedef struct Epilogue {
     const float *bias;                            // (N) is added, if not NULL
-    void (*finish)(float *x, float *y, size_t n); // x: n numbers of a row of c; NULL: nothing
-    float *other;                                 // y: those at the same place here; rows ldc apart
-} Epilogue;
-static const Epilogue NONE = {NULL, NULL, NULL};
+    const float *residual;                        // (M,N) likewise: a residual connection
+    void (*finish)(float *x, float *y, size_t n); // then, if not NULL; x: n numbers of a row of c
+    float *other;                                 // (M,N) y: those at the same place here
+} Epilogue;                                       // matrices have c's distance of rows, ldc
+static const Epilogue NONE = {NULL, NULL, NULL, NULL};
 
 #if __has_include("dev/gemm.h") && !defined(PLAIN_GEMM)
 #include "dev/gemm.h" // exp_fast() and gemm(), 10 to 50 times as fast
@@ -380,6 +381,7 @@ static void gemm(int product, int M, int N, int K, const float *a, int lda, cons
                 sum += a[at_a] * b[at_b];
             }
             c[row + j] = add == ADD ? c[row + j] + sum : sum;
+            if (e.residual) c[row + j] += e.residual[row + j];
         }
         if (e.finish) e.finish(c + row, e.other + row, N);
     }
@@ -405,11 +407,6 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
         for (int j = 0; j < OC; j++)              // order, with any number of threads
             dbias[j] += dout[(size_t)i * OC + j];
     }
-}
-
-// A residual connection: x, what a branch gives, becomes x + y, the stream after it.
-static void residual(float *x, float *y, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
 // The embedding. out (B,T,C) = wte[x] + wpe[position]; x (B,T), wte (Vp,C), wpe (max_seq_len,C).
@@ -841,15 +838,16 @@ static void block_forward(Model *m, int p, int layer) {
 
     // Attention mixes positions.
     layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, w[LN1W], w[LN1B], BT, C);
-    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){w[QKVB], NULL, NULL});
+    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){w[QKVB], NULL, NULL, NULL});
     rope(a.qkv, m->cosine, m->sine, 1, B, T, C, NH);
     attention_forward(a.atty, a.lse, a.qkv, B, T, C, NH);
-    Epilogue add_inp = {w[ATTPROJB], residual, inp};
+    Epilogue add_inp = {w[ATTPROJB], inp, NULL, NULL};
     matmul_forward(a.res2, a.atty, w[ATTPROJW], BT, C, C, add_inp);
 
     // The MLP works on each position by itself.
     layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.res2, w[LN2W], w[LN2B], BT, C);
-    Epilogue gelu = {w[FCB], gelu_forward, a.fch_gelu}, add_res2 = {w[FCPROJB], residual, a.res2};
+    Epilogue gelu = {w[FCB], NULL, gelu_forward, a.fch_gelu};
+    Epilogue add_res2 = {w[FCPROJB], a.res2, NULL, NULL};
     matmul_forward(a.fch, a.ln2, w[FCW], BT, C, 4 * C, gelu);
     matmul_forward(out, a.fch_gelu, w[FCPROJW], BT, 4 * C, C, add_res2);
 }
@@ -867,7 +865,7 @@ static void block_backward(Model *m, int p, int layer) {
 
     // The MLP, from its end to its beginning.
     matmul_backward(dwide, dw[FCPROJW], dw[FCPROJB], dres, a.fch_gelu, w[FCPROJW], BT, 4 * C, C,
-                    (Epilogue){NULL, gelu_backward, a.fch});
+                    (Epilogue){NULL, NULL, gelu_backward, a.fch});
     matmul_backward(dln, dw[FCW], dw[FCB], dwide, a.ln2, w[FCW], BT, C, 4 * C, NONE);
     layernorm_backward(dres, dw[LN2W], dw[LN2B], dln, a.res2, w[LN2W], a.ln2_mean, a.ln2_rstd,
                        BT, C);

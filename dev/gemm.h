@@ -229,12 +229,14 @@ typedef struct { int n0, n, k0, k; } Panel; // of B: columns n0 .. n0+n, rows k0
 // Finishes rows i0 .. i0+m, and columns j0 .. j0+n of the panel's, if this was the last step of K.
 static void gemm_finish_tile(const Product *g, Panel p, int i0, int m, int j0, int n) {
     enum { LINE = 16 }; // floats of a cache line
-    if (!g->e.finish || p.k0 + p.k < g->K) return;
+    const float *read = g->e.residual ? g->e.residual : g->e.other;
+    if (!read || p.k0 + p.k < g->K) return;
     for (int i = i0; i < i0 + m; i++) {
         size_t at = i * g->ldc + p.n0 + j0;
-        for (int j = 0; j < n; j += LINE)
-            __builtin_prefetch(g->e.other + at + g->ldc + j); // of the next row
-        g->e.finish(g->c + at, g->e.other + at, n);
+        float *c = g->c + at;
+        for (int j = 0; j < n; j += LINE) __builtin_prefetch(read + at + g->ldc + j); // next row
+        for (int j = 0; g->e.residual && j < n; j++) c[j] += g->e.residual[at + j];
+        if (g->e.finish) g->e.finish(c, g->e.other + at, n);
     }
 }
 

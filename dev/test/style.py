@@ -325,8 +325,8 @@ class Figures:
             (comments < 0.1, f"{100 * comments:.1f} % of the lines in bodies have a comment, "
                              "10 % at least"),
             (not self.functions, "the training step's functions are not found: see --roots"),
-            (len(self.functions) > 42, f"{len(self.functions)} functions behind a training step, "
-                                       "42 at most"),
+            (len(self.functions) > 40, f"{len(self.functions)} functions behind a training step, "
+                                       "40 at most"),
             (self.depth > 6, f"calls {self.depth} deep behind a training step, 6 at most"),
             (self.alone != "yes", "does not compile alone without a warning"),
         ]
