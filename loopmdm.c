@@ -352,13 +352,15 @@ typedef struct { float scale, beta1, beta2, keep, step_size, correct, eps, ema; 
 enum { AB, ABT, ATB }; // c = a b, a b^T, a^T b
 enum { SET, ADD };     // c =, c +=
 
-// What happens to a product c at its end, while each piece is still in the cache
+// The end of a product c (M,N), while each piece of it is still in the cache: bias and residual are
+// added, then finish() gets a piece of a row. What is NULL is left out. The rows of residual and
+// other are as far apart as those of c.
 typedef struct Epilogue {
-    const float *bias;                            // (N) is added, if not NULL
-    const float *residual;                        // (M,N) likewise: a residual connection
-    void (*finish)(float *x, float *y, size_t n); // then, if not NULL; x: n numbers of a row of c
+    const float *bias;                            // (N)
+    const float *residual;                        // (M,N) a residual connection
+    void (*finish)(float *x, float *y, size_t n); // x: n numbers of a row of c
     float *other;                                 // (M,N) y: those at the same place here
-} Epilogue;                                       // matrices have c's distance of rows, ldc
+} Epilogue;
 static const Epilogue NONE = {NULL, NULL, NULL, NULL};
 
 #if __has_include("dev/gemm.h") && !defined(PLAIN_GEMM)
@@ -403,8 +405,8 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
 
     OMP(omp parallel if (WORTH((size_t)M * OC)))
     for (int i = 0; dbias && i < M; i++) {
-        OMP(omp for simd schedule(static) nowait) // a thread owns columns, so that each sum has one
-        for (int j = 0; j < OC; j++)              // order, with any number of threads
+        OMP(omp for simd schedule(static) nowait) // a thread owns columns: each sum has one order,
+        for (int j = 0; j < OC; j++)              // with any number of threads
             dbias[j] += dout[(size_t)i * OC + j];
     }
 }
