@@ -352,16 +352,17 @@ typedef struct { float scale, beta1, beta2, keep, step_size, correct, eps, ema; 
 enum { AB, ABT, ATB }; // c = a b, a b^T, a^T b
 enum { SET, ADD };     // c =, c +=
 
-// The end of a product c (M,N), while each piece of it is still in the cache: bias and residual are
-// added, then finish() gets a piece of a row. What is NULL is left out. The rows of residual and
-// other are as far apart as those of c.
+// What a product c (M,N) does besides, while each piece of it is still in the cache: bias and
+// residual are added, then finish() gets a piece of a row. What is NULL is left out. The rows of
+// residual and other are as far apart as those of c.
 typedef struct Epilogue {
     const float *bias;                            // (N)
     const float *residual;                        // (M,N) a residual connection
     void (*finish)(float *x, float *y, size_t n); // x: n numbers of a row of c
     float *other;                                 // (M,N) y: those at the same place here
+    float *sums;                                  // (M) += the sums of a's columns; only with ATB
 } Epilogue;
-static const Epilogue NONE = {NULL, NULL, NULL, NULL};
+static const Epilogue NONE = {NULL, NULL, NULL, NULL, NULL};
 
 #if __has_include("dev/gemm.h") && !defined(PLAIN_GEMM)
 #include "dev/gemm.h" // exp_fast() and gemm(), 10 to 50 times as fast
@@ -386,6 +387,7 @@ static void gemm(int product, int M, int N, int K, const float *a, int lda, cons
             if (e.residual) c[row + j] += e.residual[row + j];
         }
         if (e.finish) e.finish(c + row, e.other + row, N);
+        for (int k = 0; e.sums && k < K; k++) e.sums[i] += a[(size_t)k * lda + i];
     }
 }
 #endif
@@ -401,14 +403,8 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
                             const float *inp, const float *weight, int M, int C, int OC,
                             Epilogue e) {
     gemm(AB, M, C, OC, dout, OC, weight, C, dinp, C, SET, e);
-    gemm(ATB, OC, C, M, dout, OC, inp, C, dweight, C, ADD, NONE);
-
-    OMP(omp parallel if (WORTH((size_t)M * OC)))
-    for (int i = 0; dbias && i < M; i++) {
-        OMP(omp for simd schedule(static) nowait) // a thread owns columns: each sum has one order,
-        for (int j = 0; j < OC; j++)              // with any number of threads
-            dbias[j] += dout[(size_t)i * OC + j];
-    }
+    Epilogue also = {.sums = dbias};
+    gemm(ATB, OC, C, M, dout, OC, inp, C, dweight, C, ADD, also);
 }
 
 // The embedding. out (B,T,C) = wte[x] + wpe[position]; x (B,T), wte (Vp,C), wpe (max_seq_len,C).
@@ -427,8 +423,8 @@ static void encoder_backward(float *dwte, float *dwpe, const float *dout, const 
     OMP(omp parallel if (WORTH((size_t)B * T * C)))
     for (int i = 0; i < B * T; i++) {
         float *token = dwte + (size_t)x[i] * C, *position = dwpe + (size_t)(i % T) * C;
-        OMP(omp for simd schedule(static) nowait) // a thread owns columns, because many positions
-        for (int c = 0; c < C; c++) {             // add to one row: that of their token
+        OMP(omp for simd schedule(static) nowait) // a thread owns columns: so each sum has one
+        for (int c = 0; c < C; c++) {             // order, also that of a token in many positions
             token[c] += dout[(size_t)i * C + c];
             position[c] += dout[(size_t)i * C + c];
         }
@@ -462,29 +458,33 @@ static void layernorm_forward(float *out, float *mean, float *rstd, const float 
 static void layernorm_backward(float *dinp, float *dweight, float *dbias, const float *dout,
                                const float *inp, const float *weight, const float *mean,
                                const float *rstd, int M, int C) {
-    OMP(omp parallel for if (WORTH((size_t)M * C)))
-    for (int i = 0; i < M; i++) {
-        const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
-        float *dx = dinp + (size_t)i * C, m = mean[i], s = rstd[i], mean_g = 0, mean_gx = 0;
-
-        OMP(omp simd reduction(+ : mean_g, mean_gx))
-        for (int c = 0; c < C; c++) {
-            mean_g += dy[c] * weight[c];
-            mean_gx += dy[c] * weight[c] * (x[c] - m) * s;
-        }
-        mean_g /= C;
-        mean_gx /= C; // of g xhat
-        for (int c = 0; c < C; c++)
-            dx[c] += s * (dy[c] * weight[c] - mean_g - (x[c] - m) * s * mean_gx);
-    }
-
+    enum { ROWS = 64 };
     OMP(omp parallel if (WORTH((size_t)M * C)))
-    for (int i = 0; i < M; i++) {
-        const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
-        OMP(omp for simd schedule(static) nowait) // as in matmul_backward()
-        for (int c = 0; c < C; c++) {
-            dweight[c] += dy[c] * (x[c] - mean[i]) * rstd[i];
-            dbias[c] += dy[c];
+    for (int i0 = 0; i0 < M; i0 += ROWS) { // so few rows stay in the cache for the second loop
+        int end = min_int(i0 + ROWS, M);
+        OMP(omp for schedule(static) nowait)
+        for (int i = i0; i < end; i++) {
+            const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
+            float *dx = dinp + (size_t)i * C, m = mean[i], s = rstd[i], mean_g = 0, mean_gx = 0;
+
+            OMP(omp simd reduction(+ : mean_g, mean_gx))
+            for (int c = 0; c < C; c++) {
+                mean_g += dy[c] * weight[c];
+                mean_gx += dy[c] * weight[c] * (x[c] - m) * s;
+            }
+            mean_g /= C;
+            mean_gx /= C; // of g xhat
+            for (int c = 0; c < C; c++)
+                dx[c] += s * (dy[c] * weight[c] - mean_g - (x[c] - m) * s * mean_gx);
+        }
+
+        for (int i = i0; i < end; i++) {
+            const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
+            OMP(omp for simd schedule(static) nowait) // as in encoder_backward()
+            for (int c = 0; c < C; c++) {
+                dweight[c] += dy[c] * (x[c] - mean[i]) * rstd[i];
+                dbias[c] += dy[c];
+            }
         }
     }
 }
@@ -840,16 +840,16 @@ static void block_forward(Model *m, int p, int layer) {
 
     // Attention mixes positions.
     layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, w[LN1W], w[LN1B], BT, C);
-    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){w[QKVB], NULL, NULL, NULL});
+    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){.bias = w[QKVB]});
     rope(a.qkv, m->cosine, m->sine, 1, B, T, C, NH);
     attention_forward(a.atty, a.lse, a.qkv, B, T, C, NH);
-    Epilogue add_inp = {w[ATTPROJB], inp, NULL, NULL};
+    Epilogue add_inp = {.bias = w[ATTPROJB], .residual = inp};
     matmul_forward(a.res2, a.atty, w[ATTPROJW], BT, C, C, add_inp);
 
     // The MLP works on each position by itself.
     layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.res2, w[LN2W], w[LN2B], BT, C);
-    Epilogue gelu = {w[FCB], NULL, gelu_forward, a.fch_gelu};
-    Epilogue add_res2 = {w[FCPROJB], a.res2, NULL, NULL};
+    Epilogue gelu = {.bias = w[FCB], .finish = gelu_forward, .other = a.fch_gelu};
+    Epilogue add_res2 = {.bias = w[FCPROJB], .residual = a.res2};
     matmul_forward(a.fch, a.ln2, w[FCW], BT, C, 4 * C, gelu);
     matmul_forward(out, a.fch_gelu, w[FCPROJW], BT, 4 * C, C, add_res2);
 }
@@ -867,7 +867,7 @@ static void block_backward(Model *m, int p, int layer) {
 
     // The MLP, from its end to its beginning.
     matmul_backward(dwide, dw[FCPROJW], dw[FCPROJB], dres, a.fch_gelu, w[FCPROJW], BT, 4 * C, C,
-                    (Epilogue){NULL, NULL, gelu_backward, a.fch});
+                    (Epilogue){.finish = gelu_backward, .other = a.fch});
     matmul_backward(dln, dw[FCW], dw[FCB], dwide, a.ln2, w[FCW], BT, C, 4 * C, NONE);
     layernorm_backward(dres, dw[LN2W], dw[LN2B], dln, a.res2, w[LN2W], a.ln2_mean, a.ln2_rstd,
                        BT, C);

@@ -721,7 +721,7 @@ static double gemm_error(int product, int M, int N, int K, int apart, int with_b
     int b_rows = product == ABT ? N : K, b_columns = product == ABT ? K : N;
     int lda = a_columns + apart, ldb = b_columns + apart, ldc = N + apart;
     float *a = FLOATS(a_rows * lda), *b = FLOATS(b_rows * ldb), *c = FLOATS(M * ldc);
-    float *bias = FLOATS(N), *other = FLOATS(M * ldc);
+    float *bias = FLOATS(N), *other = FLOATS(M * ldc), *sums = FLOATS(M);
     uint64_t seed = random_bits(M, N, K, 0);
     for (int i = 0; i < a_rows * lda; i++)
         a[i] = i % lda < a_columns ? (float)random_uniform(seed, 1, 0, i) - 0.5f : NAN;
@@ -730,8 +730,12 @@ static double gemm_error(int product, int M, int N, int K, int apart, int with_b
     for (int i = 0; i < M * ldc; i++) c[i] = i % ldc < N ? 1 : 7; // SET must forget the 1
     for (int j = 0; j < N; j++) bias[j] = (float)j;
     for (int i = 0; i < M * ldc; i++) other[i] = i % ldc < N ? (float)(i % 8) : NAN;
-    Epilogue e = {with_bias ? bias : NULL, NULL, NULL, NULL};
-    if (finished) e = (Epilogue){e.bias, other, add_y, other}; // twice: as residual, and at the end
+    for (int i = 0; i < M; i++) sums[i] = 1; // stays in the sum
+    Epilogue e = {.bias = with_bias ? bias : NULL, .sums = product == ATB ? sums : NULL};
+    if (finished) { // twice: as residual, and at the end
+        e.residual = e.other = other;
+        e.finish = add_y;
+    }
     gemm(product, M, N, K, a, lda, b, ldb, c, ldc, add, e);
 
     double error = 0;
@@ -750,6 +754,11 @@ static double gemm_error(int product, int M, int N, int K, int apart, int with_b
             }
             error = worse(error, number_error(c[i * ldc + j], sum));
         }
+    for (int i = 0; i < M && e.sums; i++) { // bit for bit: they have one order
+        float sum = 1;
+        for (int k = 0; k < K; k++) sum += a[k * lda + i];
+        error += sums[i] != sum;
+    }
     release(mark);
     return error;
 }
@@ -861,7 +870,7 @@ static void matmul_errors(int M, int C, int OC, MatmulErrors *e) {
     matmul_backward(to_dinp, dweight.there, dbias.there, dout.there, OC, inp.there, weight.there, M,
                     C, OC, parts);
 #else
-    Epilogue add_bias = {bias.there, NULL, NULL, NULL};
+    Epilogue add_bias = {.bias = bias.there};
     matmul_forward(out.there, inp.there, weight.there, M, C, OC, add_bias);
     matmul_backward(dinp.there, dweight.there, dbias.there, dout.there, inp.there, weight.there, M,
                     C, OC, NONE);

@@ -240,6 +240,17 @@ static void gemm_finish_tile(const Product *g, Panel p, int i0, int m, int j0, i
     }
 }
 
+// Adds columns i0 .. i0+m of A, as it lies in memory, to the epilogue's sums; rows k0 .. k0+k. Each
+// sum has one order: that of the rows.
+static void gemm_add_sums(const Product *g, int i0, int m, int k0, int k) {
+    float *sums = g->e.sums + i0;
+    for (int p = k0; p < k0 + k; p++) {
+        const float *row = g->a + p * g->a_col + i0;
+        OMP(omp simd)
+        for (int i = 0; i < m; i++) sums[i] += row[i];
+    }
+}
+
 #include "gemm_bf16.h" // bf16_product(), for processors with instructions for bfloat16
 
 // Packs n rows of A or columns of B, of k values each.
@@ -265,6 +276,7 @@ static void gemm_tile(const Product *g, Panel p, int i0, int m, int j0, int n,
     float *c = g->c + i0 * g->ldc + p.n0 + j0, *a_packed = gemm_memory(0, MC * KC);
     int add = g->add == ADD || p.k0 > 0;
     int in_place = !gemm_bf16 && g->a_col == 1 ? m / MR * MR : 0; // rows that are not packed
+    if (g->e.sums && p.n0 + j0 == 0) gemm_add_sums(g, i0, m, p.k0, p.k);
     b_packed += (size_t)j0 * p.k;
     gemm_pack_operand(a_packed, a + in_place * g->a_row, g->a_row, g->a_col, m - in_place, p.k, MR);
     for (int j = 0; j < n; j += NR)

@@ -275,6 +275,7 @@ static void bf16_rows(const Product *g, Panel p, int i0, int m, const pair *b_pa
     const float *bias = g->e.bias && p.k0 == 0 ? g->e.bias + p.n0 : NULL;
     float *c = g->c + i0 * g->ldc + p.n0;
     pair *a_packed = (pair *)gemm_memory(0, BF16_MC * BF16_KC / 2);
+    if (g->e.sums && p.n0 == 0) gemm_add_sums(g, i0, m, p.k0, p.k);
     bf16_pack(a_packed, a, i0, m, p.k0, p.k);
     if (bf16_kernel == bf16_amx) amx_configure();
     for (int i = 0; i < m; i += SQUARE) // two strips of A come again and again, if possible from L1
