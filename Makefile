@@ -4,7 +4,7 @@
 # make test         every check, with PyTorch and Hugging Face tokenizers, installed into .venv
 # make style        figures of how readable loopmdm.c is, and their limits (python3)
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
-#                   that they work. TINYSTORIES=FILE adds real text
+#                   that they work. TINYSTORIES=FILE adds real text, PUZZLES=FILE hard Sudoku
 # make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
 # make clean        removes what was built, the trained model too
 #
@@ -225,19 +225,29 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
-	copying recipes
+	copying recipes chains
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
 	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+	build/rule30_train.bin build/rule30_val.bin build/sudoku9_train.bin build/sudoku9_val.bin \
+	build/puzzles9_36.bin build/puzzles9_30.bin build/puzzles9_26.bin \
 	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories4096/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py \
-		$(if $(filter 1,$(QUICK)),--quick) || exit 1; done
+		$(if $(filter 1,$(QUICK)),--quick) $(if $(PUZZLES),--puzzles $(PUZZLES)) || exit 1; done
 
 build/sudoku_%.bin: build/sudoku
 	build/sudoku --size 6 --seed $(SEED) --count $(if $(filter train,$*),300000,16384) \
 		--output $@ --tokenizer build/sudoku_$*.tok
 build/puzzles10.bin: build/sudoku
 	build/sudoku --size 6 --givens 10 --seed 2 --count 1000 --output $@
+build/sudoku9_%.bin: build/sudoku
+	build/sudoku --size 9 --seed $(SEED) --count $(if $(filter train,$*),1000000,4096) \
+		--output $@ --tokenizer build/sudoku9_$*.tok
+build/puzzles9_%.bin: build/sudoku
+	build/sudoku --size 9 --givens $* --seed 2 --count 1000 --output $@
+build/rule30_%.bin: dev/data/rule30.py
+	python3 dev/data/rule30.py --seed $(SEED) $(if $(filter train,$*),--count 150000,--count 2048 --test) \
+		--output $@ --tokenizer build/rule30_$*.tok
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt
 	build/stories --seed 3 --count 1000 --templates --output $@

@@ -9,12 +9,15 @@
  *   cc -std=c11 -O2 -o sudoku sudoku.c
  *   ./sudoku --size 6 --count 100000 --seed 1 --output boards.bin --tokenizer sudoku.tok
  *   ./sudoku --size 6 --givens 12 --count 1000 --seed 2 --output puzzles.bin
+ *   ./sudoku --size 9 --from hard.csv --output hard.bin
  *
  * --help lists the options. A sequence of the shard is the size*size cells of a board, from left to
  * right and top to bottom: token 0 is a blank, ".", and tokens 1 .. size are the digits. (The last
  * token, <|endoftext|>, exists because the format of the tokenizer needs one; no sequence uses it.)
  * Without --givens the shard holds one full board after the other. With --givens each puzzle is
- * followed by its solution. README.md in this folder describes the formats.
+ * followed by its solution. --from takes puzzles from a text file: a line is a puzzle, with . or 0
+ * for a blank, a comma, and its solution; the first line may name the columns. README.md in this
+ * folder describes the formats.
  *
  * Sequence i depends only on the size, the seed, --givens and i. Every machine writes the same
  * file, and a larger --count only adds sequences at the end. The boards and the puzzles of one seed
@@ -258,24 +261,70 @@ static void write_shard(const Output *out, uint32_t count, uint64_t seed, int gi
     }
 }
 
+// Reads the cells of a board from text. Returns where it ends, or NULL if it is no board.
+static const char *read_board(Board *b, const char *text) {
+    memset(b, 0, sizeof *b);
+    for (int c = 0; c < cells; c++, text++) {
+        int digit = *text == '.' ? 0 : *text - '0';
+        if (digit < 0 || digit > size) return NULL;
+        Mask bit = (Mask)(digit ? 1 << (digit - 1) : 0);
+        if (bit & ~candidates(b, c)) return NULL; // twice in a row, column or box
+        flip(b, c, bit);
+        b->blanks += !digit;
+    }
+    return text;
+}
+
+// Writes the first `most` puzzles of a file with their solutions.
+static void write_puzzles_of(const Output *out, const char *path, uint32_t most) {
+    FILE *file = fopen(path, "r");
+    if (!file) die(1, "cannot open %s: %s; choose another --from", path, strerror(errno));
+    put_header(out, SHARD_MAGIC, 1, 0, 0); // the number of tokens comes at the end
+    char *line = NULL;
+    size_t room = 0;
+    uint32_t count = 0;
+    for (int number = 1; count < most && getline(&line, &room, file) > 0; number++) {
+        if (number == 1 && isalpha((unsigned char)*line)) continue; // names of columns
+        Board puzzle, solution;
+        const char *end = read_board(&puzzle, line);
+        end = end && *end == ',' ? read_board(&solution, end + 1) : NULL;
+        int right = end && !isdigit((unsigned char)*end) && *end != '.' && !solution.blanks;
+        for (int c = 0; right && c < cells; c++)
+            right = !puzzle.cell[c] || puzzle.cell[c] == solution.cell[c];
+        if (!right)
+            die(1, "%s, line %d: no puzzle and its solution, of %d cells each, with a comma between",
+                path, number, cells);
+        write_board(out, &puzzle);
+        write_board(out, &solution);
+        count++;
+    }
+    if (ferror(file)) die(1, "cannot read %s: %s", path, strerror(errno));
+    if (!count) die(1, "%s has no puzzle", path);
+    free(line);
+    fclose(file);
+    rewind(out->file);
+    put_header(out, SHARD_MAGIC, 1, count * 2 * (uint32_t)cells, 0);
+}
+
 // ------------------------------------------------------------------------------------------------
 // The command line
 
 static const char usage[] =
-    "usage: sudoku --size N [--output FILE] [--givens N] [--count N] [--seed N] "
+    "usage: sudoku --size N [--output FILE] [--givens N | --from FILE] [--count N] [--seed N] "
     "[--tokenizer FILE]\n"
     "Writes random Sudoku boards, or puzzles with exactly one solution, as a token shard.\n"
     "  --size N          4, 6 or 9 digits; boxes of 2x2, 2x3 (2 rows, 3 columns) or 3x3\n"
     "  --output FILE     where to write the shard\n"
     "  --givens N        write puzzles with N given cells, each followed by its solution\n"
     "                    (default: only full boards)\n"
-    "  --count N         how many boards or puzzles, at least 1 (default 1000)\n"
+    "  --from FILE       write puzzles of a text file: a puzzle, a comma and its solution a line\n"
+    "  --count N         how many boards or puzzles, at least 1 (default 1000; of --from: all)\n"
     "  --seed N          which ones, 0 to 2^64-1 (default 1)\n"
     "  --tokenizer FILE  where to write the tokenizer\n"
     "  --help            show this text\n";
 
 // The values of the options as the user wrote them; NULL: not given.
-static const char *size_text, *givens_text, *count_text, *seed_text;
+static const char *size_text, *givens_text, *count_text, *seed_text, *from;
 
 static void parse(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
@@ -289,6 +338,7 @@ static void parse(int argc, char **argv) {
         else if (!strcmp(name, "--givens")) givens_text = next_value(argv, &i);
         else if (!strcmp(name, "--count")) count_text = next_value(argv, &i);
         else if (!strcmp(name, "--seed")) seed_text = next_value(argv, &i);
+        else if (!strcmp(name, "--from")) from = next_value(argv, &i);
         else if (!strcmp(name, "--output")) output_to(&shard, next_value(argv, &i));
         else if (!strcmp(name, "--tokenizer")) output_to(&tokenizer, next_value(argv, &i));
         else die(2, "unknown option '%s'; try --help", name);
@@ -304,6 +354,8 @@ static void check_files(void) {
     if (!shard.path && givens_text) die(2, "--givens needs --output");
     if (!shard.path && count_text) die(2, "--count needs --output");
     if (!shard.path && seed_text) die(2, "--seed needs --output");
+    if (!shard.path && from) die(2, "--from needs --output");
+    if (from && (givens_text || seed_text)) die(2, "--from excludes --givens and --seed");
     if (shard.path && tokenizer.path &&
         (same_file(shard.path, tokenizer.path) || same_file(shard.temporary, tokenizer.path) ||
          same_file(shard.path, tokenizer.temporary))) {
@@ -323,9 +375,10 @@ int main(int argc, char **argv) {
     uint32_t count = 1000;
     uint64_t seed = 1;
     if (givens_text) givens = (int)whole_number("--givens", givens_text, 1, (uint64_t)cells);
+    // The header of a shard counts the tokens in an int32.
+    uint64_t most = (uint64_t)(INT32_MAX / (givens || from ? 2 * cells : cells));
+    if (from) count = (uint32_t)most;
     if (count_text) {
-        // The header of a shard counts the tokens in an int32.
-        uint64_t most = (uint64_t)(INT32_MAX / (givens ? 2 * cells : cells));
         count = (uint32_t)whole_number("--count", count_text, 1, most);
     }
     if (seed_text) seed = whole_number("--seed", seed_text, 0, UINT64_MAX);
@@ -339,7 +392,8 @@ int main(int argc, char **argv) {
         finish(&tokenizer);
     }
     if (shard.path) {
-        write_shard(&shard, count, seed, givens);
+        if (from) write_puzzles_of(&shard, from, count);
+        else write_shard(&shard, count, seed, givens);
         finish(&shard);
     }
     if (tokenizer.path) commit(&tokenizer);

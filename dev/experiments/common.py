@@ -38,13 +38,21 @@ parser.add_argument("--jobs", type=int,
                     else os.cpu_count(),
                     help="models at a time, each with one thread (default: one for each core)")
 parser.add_argument("--task",
-                    choices=("sudoku", "stories", "tinystories", "nano", "problems"),
+                    choices=("sudoku", "stories", "tinystories", "nano", "problems", "rule30",
+                             "sudoku9"),
                     help="only this task, if an experiment has several")
+parser.add_argument("--puzzles", metavar="FILE", nargs="+", default=[],
+                    help="9x9 Sudoku for chains.py: a puzzle, a comma and its solution a line")
+parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                    help="of the program's matrix products; models of both are kept apart "
+                    "(default: fp32)")
 given = parser.parse_args()
 if given.jobs < 1:
     parser.error("--jobs needs 1 or more")
 QUICK, JOBS = given.quick, given.jobs
 WORK = "build/experiments_quick" if QUICK else "build/experiments"
+if given.precision != "fp32":
+    WORK += "_" + given.precision
 RESULTS = WORK if QUICK else "dev/results"
 SEEDS = (1,) if QUICK else (1, 2, 3)
 TERA = 1e12
@@ -115,6 +123,13 @@ TASKS = {
                   "loop": "1:3", "max-loops": 4, "batch": 4, "lr": 2e-3, "warmup": 600}),
     "problems": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "fixed-rows": ""}),
     "answers": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "answers-after": "<|sep|>"}),
+    # Problems that need many conclusions, one after the other.
+    "rule30": Task("build/rule30_train.bin", "build/rule30_val.bin", "build/rule30_train.tok",
+                   1024, {**SMALL, "answers-after": ">", "seq-len": 178, "max-loops": 6,
+                          "batch": pick(4, 16)}, "nats per cell"),
+    "sudoku9": Task("build/sudoku9_train.bin", "build/sudoku9_val.bin", "build/sudoku9_train.tok",
+                    1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
+                           "max-loops": 6, "batch": pick(4, 32)}, "nats per cell"),
 }
 
 
@@ -370,7 +385,7 @@ def train_one(r):
                "--tokenizer", task.tokenizer, "--out", r.folder, "--steps", r.steps,
                "--seed", r.seed,
                "--val-every", pick(r.steps, max(1, r.steps // 10)), "--val-rows", pick(4, 256),
-               "--save-every", 500, "--threads", 1]
+               "--save-every", 500, "--threads", 1, "--precision", given.precision]
     for name, value in {**r.options, "max-loops": r.max_loops}.items():
         command += [f"--{name}"] + ([value] if value != "" else [])
     if os.path.exists(os.path.join(r.folder, "state.bin")):
@@ -409,6 +424,8 @@ def ask(r, *arguments, file=False):
     kept = os.path.join(r.folder, f"{words[0]}_{key}")
     if not os.path.exists(kept) or not open(kept, "rb").read().endswith(b"\n"):
         new = f"{kept}.{os.getpid()}"
+        if words[0] != "attention":
+            words += ["--precision", given.precision]
         output = loopmdm(words[0], "--model", r.folder, *words[1:], *([new] if file else []),
                          "--threads", 1)
         if not file:

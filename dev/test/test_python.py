@@ -488,6 +488,16 @@ def check_sudoku():
         check("sudoku: another seed, puzzles that are the same",
               sum(map(list.__eq__, puzzles, other[::2])))
 
+    with open(path("pairs.csv"), "w") as file:
+        file.write("puzzle,solution,nodes\n")
+        for puzzle, answer in zip(puzzles, answers):
+            texts = ("".join(".123456789"[v] for v in b) for b in (puzzle, answer))
+            file.write(",".join(texts) + ",7\n")
+    check("sudoku: 10 puzzles from a file, that differ",
+          boards_of("from.bin", 9, 20, "--from", path("pairs.csv")) != pairs)
+    check("sudoku: the first 3 puzzles of a file, that differ",
+          boards_of("from.bin", 9, 6, "--from", path("pairs.csv"), "--count", "3") != pairs[:6])
+
     check_sudoku_errors(program, path)
     for size in peers:
         digits = "123456789"[:size]
@@ -529,12 +539,28 @@ def check_sudoku_errors(program, path):
         (*six, "--tokenizer", out + ".tmp"),
         ("--size", "6", "--output", out + ".tmp", "--tokenizer", out),
         ("--size", "6", "--tokenizer", out, "--count", "5"),
+        (*six, "--from", "x", "--givens", "9"), (*six, "--from", "x", "--seed", "1"),
+        ("--size", "6", "--tokenizer", out, "--from", "x"), (*six, "--from"),
     ]
     check(f"sudoku: of {len(bad)} wrong command lines, without one line, status 2 and no file",
           sum(files_after(2, *options) != before for options in bad))
     wrong = files_after(1, *six, "--givens", "5", "--tokenizer", path("new.tok")) != before
     wrong += files_after(1, "--size", "6", "--output", path("no/new.bin")) != before
     check("sudoku: no such puzzle or folder: one line, status 1 and no file", wrong)
+    solution = "1234" "3412" "2143" "4321"
+    pair, bad_file = f".{solution[1:]},{solution}\n", path("bad.csv")
+    files = ["", "puzzle,solution\n", pair[1:], pair.replace(",", ";"), pair[:-2] + "\n",
+             pair.replace(",1", ",2"), "." * 17 + pair[16:], "2" + pair[1:], pair[:-1] + "1\n",
+             pair + "\n", pair[:17] + "." * 16 + "\n", "5" + pair[1:]]
+    wrong = 0
+    for text in files:
+        with open(bad_file, "w") as file:
+            file.write(text)
+        before = sorted(os.listdir(folder))
+        wrong += files_after(1, "--size", "4", "--output", out, "--from", bad_file) != before
+    check(f"sudoku: of {len(files)} files that are no puzzles, without one line and status 1",
+          wrong)
+    before = sorted(os.listdir(folder))
     if not os.path.exists("/dev/full"):
         return
     boards, old = path("boards.bin"), file_bytes(path("boards.bin"))
@@ -548,6 +574,44 @@ def check_sudoku_errors(program, path):
               wrong or os.path.islink(boards) or file_bytes(boards) != old)
     check("sudoku: --output /dev/full: one line and status 1",
           files_after(1, "--size", "9", "--output", "/dev/full") != before)
+
+
+def check_rule30():
+    """Sequences of dev/data/rule30.py against the rule as a table, its errors and its tokenizer."""
+    folder, program = os.path.join(OUT, "rule30"), "dev/data/rule30.py"
+    os.makedirs(folder)
+    out, tok = os.path.join(folder, "rows.bin"), os.path.join(folder, "rows.tok")
+
+    def rows_of(*options):
+        """The first rows, as numbers, and how many sequences are wrong."""
+        run(sys.executable, program, "--count", "300", "--output", out, "--tokenizer", tok,
+            *options)
+        wrong, first = 0, []
+        for tokens in shard(out).reshape(-1, 2 + 16 * 11).tolist():
+            cells = [token - 1 for token in tokens[1:17] + tokens[18:]]
+            rows = [cells[i:i + 16] for i in range(0, len(cells), 16)]
+            follows = all(rows[k + 1][i] == 30 >> (4 * row[i - 1] + 2 * row[i] + row[(i + 1) % 16])
+                          & 1 for k, row in enumerate(rows[:-1]) for i in range(16))
+            wrong += not follows or tokens[0] != 4 or tokens[17] != 3
+            first.append(sum(cell << i for i, cell in enumerate(rows[0])))
+        return first, wrong + (len(first) != 300)
+
+    train, wrong = rows_of("--seed", "5")
+    test, wrong_too = rows_of("--seed", "5", "--test")
+    check("rule30: 600 sequences, that are wrong", wrong + wrong_too)
+    check("rule30: first rows that training and test may share",
+          sum(n % 4 == 0 for n in train) + sum(n % 4 != 0 for n in test))
+    check("rule30: first rows that come again with another seed",
+          max(0, len(set(train) & set(rows_of("--seed", "6")[0])) - 9))  # of 49152, two or three
+    check("rule30: loopmdm reads the tokenizer",
+          loopmdm_tokens(tok, f".01>{EOT}") != [0, 1, 2, 3, 4])
+    wrong = 0
+    for status, options in ((2, ("--cells", "2")), (2, ("--rows", "0")), (2, ("--count", "-1")),
+                            (1, ("--output", os.path.join(folder, "no", "rows.bin")))):
+        done = subprocess.run([sys.executable, program, "--output", out + "x", *options],
+                              capture_output=True, text=True)
+        wrong += done.returncode != status or "Traceback" in done.stderr
+    check("rule30: wrong command lines, without their status", wrong + os.path.exists(out + "x"))
 
 
 # ---- Reference files -----------------------------------------------------------------------------
@@ -1061,6 +1125,7 @@ def main():
     check_gsm()
     check_reference()
     check_sudoku()
+    check_rule30()
     check_training(data)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

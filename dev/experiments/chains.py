@@ -1,0 +1,210 @@
+"""
+12. Chains of conclusions: does looping pay where one conclusion waits for another?
+
+rule30: the rows of a cellular automaton (dev/data/rule30.py). The first row is given. Each row
+follows from the one before it, so the number of a row is the length of the inference.
+
+sudoku9: 9x9 boards (dev/data/sudoku.c) and puzzles, whose blanks are filled in greedily, by
+confidence.
+
+The models are an MDM, LoopMDM with the same parameters (S drawn from 1 to 6), and a deeper MDM
+whose training step costs as much as LoopMDM's mean step. All have the same training FLOPs. The
+highest learning rate of each is the best of three: with a quarter of the FLOPs, the first seed, and
+other masks than those of the results.
+"""
+import array
+import functools
+import os
+import subprocess
+
+from common import (SEEDS, TASKS, TERA, WORK, Failure, ask, chosen, each, given, line, log_axis,
+                    mean, nelbo, new_figure, numbers, of_seeds, pick, print_table, run, save_csv,
+                    save_figure, spread, table_of, train)
+
+BUDGETS = {"rule30": 36 * TERA, "sudoku9": 200 * TERA}
+MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 9}, "LoopMDM": {}}
+RATES = pick((2e-3,), (2e-3, 4e-3, 8e-3))
+LOOPS = pick((1, 2), (1, 2, 4, 6, 8, 12, 24))
+STEPS = pick((1, 2), (1, 2, 5, 10, 20))
+CELLS, ROWS = 16, 10  # of rule30
+TESTS = pick(2, 250)  # rows of rule30, and puzzles of each kind
+
+
+
+def loops_of(r):
+    """Returns the numbers of loops to use a model with."""
+    return LOOPS if r.max_loops > 1 else (1,)
+
+
+@functools.lru_cache(maxsize=None)
+def puzzles():
+    """Returns {kind of puzzles: a file of them, each with its solution}."""
+    files = {f"{givens} givens": f"build/puzzles9_{givens}.bin" for givens in (36, 30, 26)}
+    for path in given.puzzles:
+        name = os.path.splitext(os.path.basename(path))[0]
+        files[name] = os.path.join(WORK, f"{name}.bin")
+        made = subprocess.run(["build/sudoku", "--size", "9", "--from", path, "--count", "1000",
+                               "--output", files[name]], stderr=subprocess.PIPE, text=True)
+        if made.returncode:
+            raise Failure(made.stderr.strip())
+    return files
+
+
+def models(task):
+    """Returns ({(model, seed): run}, {model: its learning rate}), trained."""
+    trials = {(name, rate): run(task, BUDGETS[task] / 4, lr=rate, **changes)
+              for name, changes in MODELS.items() for rate in RATES}
+    train(trials.values())
+    tuned = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], trials)
+    best = {name: min(RATES, key=lambda rate: tuned[name, rate]) for name in MODELS}
+    print_table(f"{task}: NELBO by highest learning rate, {BUDGETS[task] / 4 / TERA:g} TFLOP",
+                ["model"] + [f"{rate:g}" for rate in RATES],
+                [[name] + [f"{tuned[name, rate]:.4f}" for rate in RATES] for name in MODELS])
+    runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **changes)
+            for name, changes in MODELS.items() for seed in SEEDS}
+    train(runs.values())
+    return runs, best
+
+
+@functools.lru_cache(maxsize=None)
+def automata():
+    """Returns (what follows in each test of rule30, a file of templates that ask for it)."""
+    with open(TASKS["rule30"].held_out, "rb") as file:
+        file.seek(4 * 256)
+        tokens = array.array("H", file.read())
+    length, given_tokens = TASKS["rule30"].options["seq-len"], CELLS + 2
+    texts = ["".join(".01>"[token] for token in tokens[i + 1:i + length])
+             for i in range(0, TESTS * length, length)]
+    path = os.path.join(WORK, "rule30.txt")
+    with open(path, "w") as file:
+        file.writelines(text[:given_tokens - 1] + "____" * (CELLS * ROWS) + "\n" for text in texts)
+    return [text[given_tokens - 1:] for text in texts], path
+
+
+def rows_right(r):
+    """Returns {(S, steps): the share of each row that is right; of tests that are all right}."""
+    wanted, path = automata()
+    shares = {}
+    for S in loops_of(r):
+        for steps in STEPS:
+            output = ask(r, "sample", "--fill-file", path, "--loops", S, "--steps", steps,
+                         "--temperature", 0)
+            found = [text[CELLS + 1:] for text in output.rstrip("\n").split("\n\n")]
+            rows = [mean(text[k:k + CELLS] == right[k:k + CELLS]
+                         for text, right in zip(found, wanted, strict=True))
+                    for k in range(0, CELLS * ROWS, CELLS)]
+            shares[S, steps] = rows, mean(map(str.__eq__, found, wanted))
+    return shares
+
+
+def solved(r):
+    """Returns {(kind of puzzle, S, steps): the share that is solved}."""
+    shares = {}
+    for kind, path in puzzles().items():
+        output = ask(r, "eval", "--sudoku", "--data", path, "--rows", TESTS, "--batch", 50,
+                     "--loops", numbers(loops_of(r)), "--steps", numbers(STEPS))
+        for S, steps, _, right, *_ in table_of(output):
+            shares[kind, int(S), int(steps)] = right / 100
+    return shares
+
+
+
+def label(model, S):
+    """Returns the name of a line in tables and figures."""
+    return f"LoopMDM, S={S}" if model == "LoopMDM" else model
+
+
+def used(model):
+    """Returns the numbers of loops that a table has for a model."""
+    return LOOPS if model == "LoopMDM" else (1,)
+
+
+def percent(values):
+    """Returns shares as '%, mean (lowest to highest)'."""
+    return spread([100 * value for value in values], "{:.1f}")
+
+
+def show_table(title, heading, columns, value):
+    """Prints value(model, seed, S, column), a share, for each line and column."""
+    print_table(f"{title}; %, {of_seeds()}", ["model", *(f"{heading} {k}" for k in columns)],
+                [[label(model, S)] + [percent(value(model, seed, S, k) for seed in SEEDS)
+                                      for k in columns]
+                 for model in MODELS for S in used(model)])
+
+
+def draw_models(ax, xs, value):
+    """Draws value(model, seed, S, x), a share, of the three models; LoopMDM with S=6."""
+    for i, model in enumerate(MODELS):
+        S = 1 if model != "LoopMDM" else pick(2, 6)
+        line(ax, i, label(model, S),
+             {x: [100 * value(model, seed, S, x) for seed in SEEDS] for x in xs})
+    ax.set_ylim(-3, 103)
+
+
+def experiment(task):
+    runs, best = models(task)
+    losses = each("evaluating", lambda r: nelbo(r, loops_of(r)), runs)
+    (automata if task == "rule30" else puzzles)()  # once, before several threads ask for it
+    results = each("solving", rows_right if task == "rule30" else solved, runs)
+    lines = [[model, seed, best[model], runs[model, seed].flops(), S, "", "NELBO", loss]
+             for (model, seed), found in losses.items() for S, loss in found.items()]
+    unit = TASKS[task].unit
+    print_table(f"{task}: NELBO, {unit}, {BUDGETS[task] / TERA:g} TFLOP each, {of_seeds()}",
+                ["model", "highest learning rate", "NELBO"],
+                [[label(model, S), f"{best[model]:g}",
+                  spread(losses[model, seed][S] for seed in SEEDS)]
+                 for model in MODELS for S in used(model)])
+    figure, (left, right) = new_figure(2)
+
+    if task == "rule30":
+        for (model, seed), found in results.items():
+            for (S, steps), (rows, whole) in found.items():
+                of = [model, seed, best[model], runs[model, seed].flops(), S, steps]
+                lines += [[*of, f"row {k + 1}", share] for k, share in enumerate(rows)]
+                lines.append([*of, "all rows", whole])
+
+        def row(model, seed, S, k):
+            return results[model, seed][S, 1][0][k - 1]
+
+        def all_rows(model, seed, S, steps):
+            return results[model, seed][S, steps][1]
+
+        show_table("rule30: rows right in one denoising step", "row", range(1, ROWS + 1), row)
+        show_table("rule30: all rows right", "steps", STEPS, all_rows)
+        draw_models(left, range(1, ROWS + 1), row)
+        left.set(xlabel="row: conclusions one after the other", ylabel="right in one step, %",
+                 xticks=range(1, ROWS + 1))
+        left.legend(loc="lower left")
+        draw_models(right, STEPS, all_rows)
+        log_axis(right, STEPS)
+        right.set(xlabel="denoising steps", ylabel="all ten rows right, %")
+        figure.suptitle("Rule 30: each row follows from the one before it")
+    else:
+        for (model, seed), found in results.items():
+            lines += [[model, seed, best[model], runs[model, seed].flops(), S, steps, kind, share]
+                      for (kind, S, steps), share in found.items()]
+        for kind in puzzles():
+            show_table(f"9x9 Sudoku, {kind}: solved", "steps", STEPS,
+                       lambda model, seed, S, steps: results[model, seed][kind, S, steps])
+        kind = "30 givens"
+        draw_models(left, STEPS,
+                    lambda model, seed, S, steps: results[model, seed][kind, S, steps])
+        log_axis(left, STEPS)
+        left.set(xlabel="denoising steps", ylabel="solved, %")
+        left.legend()
+        for i, steps in enumerate(STEPS[::2]):
+            line(right, i + 3, f"{steps} denoising step{'s' * (steps > 1)}",
+                 {S: [100 * results["LoopMDM", seed][kind, S, steps] for seed in SEEDS]
+                  for S in LOOPS})
+        log_axis(right, LOOPS)
+        right.set(xlabel="loops of LoopMDM", ylim=(-3, 103))
+        right.legend()
+        figure.suptitle(f"9x9 Sudoku with {kind}")
+    save_csv(f"chains_{task}", ["model", "seed", "highest_lr", "flop", "loops", "steps", "what",
+                                "value"], lines)
+    save_figure(figure, f"chains_{task}")
+
+
+if __name__ == "__main__":
+    for task in chosen("rule30", "sudoku9"):
+        experiment(task)
