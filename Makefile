@@ -246,8 +246,8 @@ build/sudoku9_%.bin: build/sudoku
 build/puzzles9_%.bin: build/sudoku
 	build/sudoku --size 9 --givens $* --seed 2 --count 1000 --output $@
 build/rule30_%.bin: dev/data/rule30.py
-	python3 dev/data/rule30.py --seed $(SEED) $(if $(filter train,$*),--count 150000,--count 2048 --test) \
-		--output $@ --tokenizer build/rule30_$*.tok
+	python3 dev/data/rule30.py --seed $(SEED) --output $@ --tokenizer build/rule30_$*.tok \
+		$(if $(filter train,$*),--count 150000,--count 2048 --test)
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt
 	build/stories --seed 3 --count 1000 --templates --output $@

@@ -292,8 +292,8 @@ static void write_puzzles_of(const Output *out, const char *path, uint32_t most)
         for (int c = 0; right && c < cells; c++)
             right = !puzzle.cell[c] || puzzle.cell[c] == solution.cell[c];
         if (!right)
-            die(1, "%s, line %d: no puzzle and its solution, of %d cells each, with a comma between",
-                path, number, cells);
+            die(1, "%s, line %d: not a puzzle, a comma and its solution, of %d cells each", path,
+                number, cells);
         write_board(out, &puzzle);
         write_board(out, &solution);
         count++;
