@@ -225,11 +225,11 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
-	copying recipes chains
+	copying recipes chains stopping
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
 	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
 	build/rule30_train.bin build/rule30_val.bin build/sudoku9_train.bin build/sudoku9_val.bin \
-	build/puzzles9_36.bin build/puzzles9_30.bin build/puzzles9_26.bin \
+	build/puzzles9_46.bin build/puzzles9_36.bin build/puzzles9_30.bin build/puzzles9_26.bin \
 	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories4096/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
 	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py \

@@ -403,7 +403,7 @@ static void matmul_backward(float *dinp, float *dweight, float *dbias, const flo
                             const float *inp, const float *weight, int M, int C, int OC,
                             Epilogue e) {
     gemm(AB, M, C, OC, dout, OC, weight, C, dinp, C, SET, e);
-    Epilogue also = {.sums = dbias};
+    Epilogue also = {NULL, NULL, NULL, NULL, dbias};
     gemm(ATB, OC, C, M, dout, OC, inp, C, dweight, C, ADD, also);
 }
 
@@ -466,7 +466,6 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, const 
         for (int i = i0; i < end; i++) {
             const float *x = inp + (size_t)i * C, *dy = dout + (size_t)i * C;
             float *dx = dinp + (size_t)i * C, m = mean[i], s = rstd[i], mean_g = 0, mean_gx = 0;
-
             OMP(omp simd reduction(+ : mean_g, mean_gx))
             for (int c = 0; c < C; c++) {
                 mean_g += dy[c] * weight[c];
@@ -840,16 +839,17 @@ static void block_forward(Model *m, int p, int layer) {
 
     // Attention mixes positions.
     layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, w[LN1W], w[LN1B], BT, C);
-    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, (Epilogue){.bias = w[QKVB]});
+    Epilogue add_bias = {w[QKVB], NULL, NULL, NULL, NULL};
+    matmul_forward(a.qkv, a.ln1, w[QKVW], BT, C, 3 * C, add_bias);
     rope(a.qkv, m->cosine, m->sine, 1, B, T, C, NH);
     attention_forward(a.atty, a.lse, a.qkv, B, T, C, NH);
-    Epilogue add_inp = {.bias = w[ATTPROJB], .residual = inp};
+    Epilogue add_inp = {w[ATTPROJB], inp, NULL, NULL, NULL};
     matmul_forward(a.res2, a.atty, w[ATTPROJW], BT, C, C, add_inp);
 
     // The MLP works on each position by itself.
     layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.res2, w[LN2W], w[LN2B], BT, C);
-    Epilogue gelu = {.bias = w[FCB], .finish = gelu_forward, .other = a.fch_gelu};
-    Epilogue add_res2 = {.bias = w[FCPROJB], .residual = a.res2};
+    Epilogue gelu = {w[FCB], NULL, gelu_forward, a.fch_gelu, NULL};
+    Epilogue add_res2 = {w[FCPROJB], a.res2, NULL, NULL, NULL};
     matmul_forward(a.fch, a.ln2, w[FCW], BT, C, 4 * C, gelu);
     matmul_forward(out, a.fch_gelu, w[FCPROJW], BT, 4 * C, C, add_res2);
 }
@@ -867,7 +867,7 @@ static void block_backward(Model *m, int p, int layer) {
 
     // The MLP, from its end to its beginning.
     matmul_backward(dwide, dw[FCPROJW], dw[FCPROJB], dres, a.fch_gelu, w[FCPROJW], BT, 4 * C, C,
-                    (Epilogue){.finish = gelu_backward, .other = a.fch});
+                    (Epilogue){NULL, NULL, gelu_backward, a.fch, NULL});
     matmul_backward(dln, dw[FCW], dw[FCB], dwide, a.ln2, w[FCW], BT, C, 4 * C, NONE);
     layernorm_backward(dres, dw[LN2W], dw[LN2B], dln, a.res2, w[LN2W], a.ln2_mean, a.ln2_rstd,
                        BT, C);

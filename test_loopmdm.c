@@ -731,7 +731,7 @@ static double gemm_error(int product, int M, int N, int K, int apart, int with_b
     for (int j = 0; j < N; j++) bias[j] = (float)j;
     for (int i = 0; i < M * ldc; i++) other[i] = i % ldc < N ? (float)(i % 8) : NAN;
     for (int i = 0; i < M; i++) sums[i] = 1; // stays in the sum
-    Epilogue e = {.bias = with_bias ? bias : NULL, .sums = product == ATB ? sums : NULL};
+    Epilogue e = {with_bias ? bias : NULL, NULL, NULL, NULL, product == ATB ? sums : NULL};
     if (finished) { // twice: as residual, and at the end
         e.residual = e.other = other;
         e.finish = add_y;
@@ -870,7 +870,7 @@ static void matmul_errors(int M, int C, int OC, MatmulErrors *e) {
     matmul_backward(to_dinp, dweight.there, dbias.there, dout.there, OC, inp.there, weight.there, M,
                     C, OC, parts);
 #else
-    Epilogue add_bias = {.bias = bias.there};
+    Epilogue add_bias = {bias.there, NULL, NULL, NULL, NULL};
     matmul_forward(out.there, inp.there, weight.there, M, C, OC, add_bias);
     matmul_backward(dinp.there, dweight.there, dbias.there, dout.there, inp.there, weight.there, M,
                     C, OC, NONE);

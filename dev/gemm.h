@@ -240,8 +240,8 @@ static void gemm_finish_tile(const Product *g, Panel p, int i0, int m, int j0, i
     }
 }
 
-// Adds columns i0 .. i0+m of A, as it lies in memory, to the epilogue's sums; rows k0 .. k0+k. Each
-// sum has one order: that of the rows.
+// With ATB, where a is (K,M): adds its columns i0 .. i0+m, rows k0 .. k0+k, to the epilogue's sums.
+// Each sum has one order: that of the rows.
 static void gemm_add_sums(const Product *g, int i0, int m, int k0, int k) {
     float *sums = g->e.sums + i0;
     for (int p = k0; p < k0 + k; p++) {

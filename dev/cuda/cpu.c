@@ -5,7 +5,7 @@
 
 void cpu_matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int M,
                         int C, int OC) {
-    matmul_forward(out, inp, weight, M, C, OC, (Epilogue){bias, NULL, NULL, NULL});
+    matmul_forward(out, inp, weight, M, C, OC, (Epilogue){bias, NULL, NULL, NULL, NULL});
 }
 
 void cpu_attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {

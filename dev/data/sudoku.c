@@ -275,34 +275,34 @@ static const char *read_board(Board *b, const char *text) {
     return text;
 }
 
-// Writes the first `most` puzzles of a file with their solutions.
-static void write_puzzles_of(const Output *out, const char *path, uint32_t most) {
-    FILE *file = fopen(path, "r");
-    if (!file) die(1, "cannot open %s: %s; choose another --from", path, strerror(errno));
+// Writes the first `most` puzzles of a file, with their solutions.
+static void write_puzzles_of(const Output *out, FILE *file, const char *path, uint32_t most) {
     put_header(out, SHARD_MAGIC, 1, 0, 0); // the number of tokens comes at the end
     char *line = NULL;
     size_t room = 0;
     uint32_t count = 0;
     for (int number = 1; count < most && getline(&line, &room, file) > 0; number++) {
-        if (number == 1 && isalpha((unsigned char)*line)) continue; // names of columns
+        line[strcspn(line, "\r\n")] = 0;
+        if (!*line || (number == 1 && isalpha((unsigned char)*line))) continue; // names of columns
         Board puzzle, solution;
         const char *end = read_board(&puzzle, line);
         end = end && *end == ',' ? read_board(&solution, end + 1) : NULL;
-        int right = end && !isdigit((unsigned char)*end) && *end != '.' && !solution.blanks;
-        for (int c = 0; right && c < cells; c++)
+        int right = end && (!*end || *end == ',') && !solution.blanks;
+        for (int c = 0; right && c < cells; c++) {
             right = !puzzle.cell[c] || puzzle.cell[c] == solution.cell[c];
-        if (!right)
+        }
+        if (!right) {
             die(1, "%s, line %d: not a puzzle, a comma and its solution, of %d cells each", path,
                 number, cells);
+        }
         write_board(out, &puzzle);
         write_board(out, &solution);
         count++;
     }
-    if (ferror(file)) die(1, "cannot read %s: %s", path, strerror(errno));
+    if (count < most && !feof(file)) die(1, "cannot read %s: %s", path, strerror(errno));
     if (!count) die(1, "%s has no puzzle", path);
     free(line);
-    fclose(file);
-    rewind(out->file);
+    if (fseek(out->file, 0, SEEK_SET)) cannot_write(out);
     put_header(out, SHARD_MAGIC, 1, count * 2 * (uint32_t)cells, 0);
 }
 
@@ -356,6 +356,13 @@ static void check_files(void) {
     if (!shard.path && seed_text) die(2, "--seed needs --output");
     if (!shard.path && from) die(2, "--from needs --output");
     if (from && (givens_text || seed_text)) die(2, "--from excludes --givens and --seed");
+    const Output *outputs[] = {&shard, &tokenizer};
+    for (int i = 0; from && i < COUNT(outputs); i++) {
+        const Output *out = outputs[i];
+        if (out->path && (same_file(from, out->path) || same_file(from, out->temporary))) {
+            die(2, "%s would overwrite --from; choose another name", out->path);
+        }
+    }
     if (shard.path && tokenizer.path &&
         (same_file(shard.path, tokenizer.path) || same_file(shard.temporary, tokenizer.path) ||
          same_file(shard.path, tokenizer.temporary))) {
@@ -384,6 +391,11 @@ int main(int argc, char **argv) {
     if (seed_text) seed = whole_number("--seed", seed_text, 0, UINT64_MAX);
     check_files();
 
+    FILE *puzzles = NULL;
+    if (from && !(puzzles = fopen(from, "r"))) {
+        die(1, "cannot open %s: %s; choose another --from", from, strerror(errno));
+    }
+
     // Finish both files before the first gets its name: they belong together.
     if (tokenizer.path) start(&tokenizer);
     if (shard.path) start(&shard);
@@ -392,10 +404,11 @@ int main(int argc, char **argv) {
         finish(&tokenizer);
     }
     if (shard.path) {
-        if (from) write_puzzles_of(&shard, from, count);
+        if (from) write_puzzles_of(&shard, puzzles, from, count);
         else write_shard(&shard, count, seed, givens);
         finish(&shard);
     }
+    if (puzzles) fclose(puzzles);
     if (tokenizer.path) commit(&tokenizer);
     if (shard.path) commit(&shard);
     return 0;

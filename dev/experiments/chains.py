@@ -23,7 +23,7 @@ from common import (SEEDS, TASKS, TERA, WORK, Failure, ask, chosen, each, given,
 
 BUDGETS = {"rule30": 36 * TERA, "sudoku9": 200 * TERA}
 MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 9}, "LoopMDM": {}}
-RATES = pick((2e-3,), (2e-3, 4e-3, 8e-3))
+RATES = pick((2e-3,), (2e-3, 4e-3, 8e-3, 1.6e-2))
 LOOPS = pick((1, 2), (1, 2, 4, 6, 8, 12, 24))
 STEPS = pick((1, 2), (1, 2, 5, 10, 20))
 CELLS, ROWS = 16, 10  # of rule30
@@ -39,7 +39,7 @@ def loops_of(r):
 @functools.lru_cache(maxsize=None)
 def puzzles():
     """Returns {kind of puzzles: a file of them, each with its solution}."""
-    files = {f"{givens} givens": f"build/puzzles9_{givens}.bin" for givens in (36, 30, 26)}
+    files = {f"{givens} givens": f"build/puzzles9_{givens}.bin" for givens in (46, 36, 30, 26)}
     for path in given.puzzles:
         name = os.path.splitext(os.path.basename(path))[0]
         files[name] = os.path.join(WORK, f"{name}.bin")

@@ -547,19 +547,35 @@ def check_sudoku_errors(program, path):
     wrong = files_after(1, *six, "--givens", "5", "--tokenizer", path("new.tok")) != before
     wrong += files_after(1, "--size", "6", "--output", path("no/new.bin")) != before
     check("sudoku: no such puzzle or folder: one line, status 1 and no file", wrong)
-    solution = "1234" "3412" "2143" "4321"
-    pair, bad_file = f".{solution[1:]},{solution}\n", path("bad.csv")
-    files = ["", "puzzle,solution\n", pair[1:], pair.replace(",", ";"), pair[:-2] + "\n",
-             pair.replace(",1", ",2"), "." * 17 + pair[16:], "2" + pair[1:], pair[:-1] + "1\n",
-             pair + "\n", pair[:17] + "." * 16 + "\n", "5" + pair[1:]]
+    solution, other, bad_file = "1234341221434321", "4321214334121234", path("bad.csv")
+    pair = f".{solution[1:]},{solution}\n"
+    files = [
+        "", "puzzle,solution\n", "puzzle\nsolution\n" + pair, pair[1:], pair.replace(",", ";"),
+        pair[:-2] + "\n", pair[:-1] + "1\n", pair[:-1] + ".\n", pair[:-1] + " \n",
+        pair.replace(",1", ",2"), "." * 17 + pair[16:], "2" + pair[1:], "5" + pair[1:],
+        f"{'.' * 16},{'.' * 16}\n", f".{solution[1:]},.{solution[1:]}\n",
+        f".{solution[1:]},{other}\n",
+    ]
     wrong = 0
     for text in files:
         with open(bad_file, "w") as file:
             file.write(text)
         before = sorted(os.listdir(folder))
         wrong += files_after(1, "--size", "4", "--output", out, "--from", bad_file) != before
-    check(f"sudoku: of {len(files)} files that are no puzzles, without one line and status 1",
+    wrong += files_after(1, "--size", "4", "--output", out, "--from", path("none")) != before
+    check(f"sudoku: of {len(files) + 1} files that are no puzzles, without one line and status 1",
           wrong)
+    with open(bad_file, "w", newline="") as file:
+        file.write(f"{pair[:-1]}\r\n\n{pair[:-1]}")  # as on Windows; an empty line; no end
+    run(program, "--size", "4", "--output", path("from.bin"), "--from", bad_file)
+    check("sudoku: puzzles of a file with other line ends", len(shard(path("from.bin"))) != 64)
+    wrong = sum(files_after(2, "--size", "4", "--output", name, "--from", bad_file) is None
+                for name in (bad_file, path("./bad.csv")))
+    os.rename(bad_file, out + ".tmp")
+    wrong += files_after(2, "--size", "4", "--output", out, "--from", out + ".tmp") is None
+    check("sudoku: --from is an output, without one line and status 2",
+          wrong + (not file_bytes(out + ".tmp")))
+    os.remove(out + ".tmp")
     before = sorted(os.listdir(folder))
     if not os.path.exists("/dev/full"):
         return
@@ -586,7 +602,8 @@ def check_rule30():
         """The first rows, as numbers, and how many sequences are wrong."""
         run(sys.executable, program, "--count", "300", "--output", out, "--tokenizer", tok,
             *options)
-        wrong, first = 0, []
+        header = np.fromfile(out, np.int32, 256).tolist()
+        wrong, first = int(header != [20240520, 1, 300 * 178] + [0] * 253), []
         for tokens in shard(out).reshape(-1, 2 + 16 * 11).tolist():
             cells = [token - 1 for token in tokens[1:17] + tokens[18:]]
             rows = [cells[i:i + 16] for i in range(0, len(cells), 16)]
@@ -599,19 +616,30 @@ def check_rule30():
     train, wrong = rows_of("--seed", "5")
     test, wrong_too = rows_of("--seed", "5", "--test")
     check("rule30: 600 sequences, that are wrong", wrong + wrong_too)
-    check("rule30: first rows that training and test may share",
-          sum(n % 4 == 0 for n in train) + sum(n % 4 != 0 for n in test))
+    other = rows_of("--seed", "6")[0]
+    check("rule30: first rows of training that are in the test, too",
+          len({*train, *other} & {*test}))
     check("rule30: first rows that come again with another seed",
-          max(0, len(set(train) & set(rows_of("--seed", "6")[0])) - 9))  # of 49152, two or three
+          max(0, len({*train} & {*other}) - 9))  # of 49,000, two or three
+    for name, numbers in (("training", train), ("test", test)):
+        # Each cell is 1 in a half of the 300 first rows. Nine of them are the standard deviation.
+        ones = [sum(n >> i & 1 for n in numbers) for i in range(16)]
+        check(f"rule30: cells of the {name} that are not as often 0 as 1",
+              sum(abs(one - 150) > 45 for one in ones))
     check("rule30: loopmdm reads the tokenizer",
           loopmdm_tokens(tok, f".01>{EOT}") != [0, 1, 2, 3, 4])
+    before, new = sorted(os.listdir(folder)), out + "x"
     wrong = 0
-    for status, options in ((2, ("--cells", "2")), (2, ("--rows", "0")), (2, ("--count", "-1")),
-                            (1, ("--output", os.path.join(folder, "no", "rows.bin")))):
-        done = subprocess.run([sys.executable, program, "--output", out + "x", *options],
+    for status, *options in ((2, "--cells", "7"), (2, "--rows", "0"), (2, "--count", "-1"),
+                             (2, "--count", "99999999"), (2, "--tokenizer", new),
+                             (2, "--seed", "-1"), (2, "--output", ""), (1, "--output", folder),
+                             (1, "--output", os.path.join(folder, "no", "rows.bin"))):
+        done = subprocess.run([sys.executable, program, "--output", new, *options],
                               capture_output=True, text=True)
-        wrong += done.returncode != status or "Traceback" in done.stderr
-    check("rule30: wrong command lines, without their status", wrong + os.path.exists(out + "x"))
+        said = done.stderr.splitlines() or [""]
+        right = done.returncode == status and said[-1].startswith("rule30.py: ")
+        wrong += not right or sorted(os.listdir(folder)) != before
+    check("rule30: wrong command lines, without their status, a line, or with a file", wrong)
 
 
 # ---- Reference files -----------------------------------------------------------------------------
