@@ -44,15 +44,14 @@ parser.add_argument("--task",
 parser.add_argument("--puzzles", metavar="FILE", nargs="+", default=[],
                     help="9x9 Sudoku for chains.py: a puzzle, a comma and its solution a line")
 parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                    help="of the program's matrix products; models of both are kept apart "
-                    "(default: fp32)")
+                    help="of the program's matrix products (default: fp32); models and results "
+                    "of bf16 have names of their own")
 given = parser.parse_args()
 if given.jobs < 1:
     parser.error("--jobs needs 1 or more")
 QUICK, JOBS = given.quick, given.jobs
-WORK = "build/experiments_quick" if QUICK else "build/experiments"
-if given.precision != "fp32":
-    WORK += "_" + given.precision
+SUFFIX = "" if given.precision == "fp32" else "_" + given.precision
+WORK = ("build/experiments_quick" if QUICK else "build/experiments") + SUFFIX
 RESULTS = WORK if QUICK else "dev/results"
 SEEDS = (1,) if QUICK else (1, 2, 3)
 TERA = 1e12
@@ -485,7 +484,7 @@ def save_csv(name, columns, lines, keep=None):
     program had an option then that it no longer has.
     """
     os.makedirs(RESULTS, exist_ok=True)
-    path = os.path.join(RESULTS, name + ".csv")
+    path = os.path.join(RESULTS, name + SUFFIX + ".csv")
     kept = []
     if keep and os.path.exists(path):
         with open(path, newline="") as file:
@@ -509,7 +508,7 @@ def save_figure(figure, name):
     """
     if not QUICK:
         figure.tight_layout()
-    path = os.path.join(RESULTS, name + ".png")
+    path = os.path.join(RESULTS, name + SUFFIX + ".png")
     figure.savefig(path, dpi=pick(30, 110), metadata={"Software": None})
 
 

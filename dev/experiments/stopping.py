@@ -9,8 +9,9 @@ its most probable token. A problem counts if all of it is right. A sequence stop
     entropy     the mean entropy of its predictions at the blanks is below tau
 
 rule30: the last 1 to 10 rows are blank, each number as often. sudoku9: puzzles with 46, 36 and 30
-givens. The loops of each criterion are compared with a fixed number. PyTorch computes all of it
-here, from the same states: the program has only the first criterion.
+givens. Each criterion is compared with a fixed number of loops by the passes through layers that
+it takes: the last two criteria need the layers after the loop in each loop, not only in the last.
+PyTorch computes all of it here, from the same states: the program has only the first criterion.
 """
 import os
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from chains import CELLS, ROWS, models, puzzles
-from common import (SEEDS, TASKS, chosen, finish, line, mean, new_figure, of_seeds, pick,
+from common import (JOBS, SEEDS, TASKS, chosen, finish, line, mean, new_figure, of_seeds, pick,
                     print_table, save_csv, spread)
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
@@ -39,6 +40,13 @@ def sequences(path, T):
     return np.fromfile(path, np.uint16)[512:].astype(np.int64).reshape(-1, T)
 
 
+def passes(c, way, loops):
+    """Returns how often a layer runs in a forward of so many loops that ends by a criterion."""
+    tail = c.layers - c.loop_end
+    looked = loops if way in ("prediction", "entropy") else 1  # how often the tail runs
+    return c.loop_start + loops * (c.loop_end - c.loop_start) + looked * tail
+
+
 def problems(task, mask):
     """Returns (x (n,T) with MASK where tokens are asked for, the solutions (n,T))."""
     T = TASKS[task].options["seq-len"]
@@ -47,7 +55,8 @@ def problems(task, mask):
         blank_rows = np.arange(len(wanted)) % ROWS + 1
         x = np.where(np.arange(T) >= T - CELLS * blank_rows[:, None], mask, wanted)
         return x, wanted
-    pairs = [sequences(path, T)[:2 * (TESTS // 3)] for path in list(puzzles().values())[:3]]
+    pairs = [sequences(puzzles()[f"{givens} givens"], T)[:2 * (TESTS // 3)]
+             for givens in (46, 36, 30)]
     given, wanted = (np.concatenate([p[i::2] for p in pairs]) for i in (0, 1))
     return np.where(given == 0, mask, given), wanted
 
@@ -87,49 +96,54 @@ def stops(way, tau, change, same, entropy):
         ends = change < tau
     elif way == "entropy":
         ends = entropy < tau
-    else:
-        ends = np.array([same[max(0, s - tau + 1):s + 1].all(axis=0) & (s >= tau)
-                         for s in range(MOST)])
+    else:  # same[0] is false: there is no loop before the first
+        ends = np.array([same[max(0, s - tau + 1):s + 1].all(axis=0) for s in range(MOST)])
     ends[-1] = True
     return ends.argmax(axis=0) + 1
 
 
 def measure(r):
-    """Returns {(way, tau or S): (mean loops, % right)}."""
+    """Returns {(way, tau or S): (mean loops, mean passes, % right)}."""
     model, _ = reference.model_load(r.folder)
     x, wanted = map(torch.from_numpy, problems(r.task, model.config.vocab_size))
     parts = [look(model, x[i:i + BATCH], wanted[i:i + BATCH]) for i in range(0, len(x), BATCH)]
     right, change, same, entropy = (np.concatenate(part, axis=1) for part in zip(*parts))
-    found = {("fixed", s + 1): (s + 1, 100 * right[s].mean()) for s in range(MOST)}
-    for way, taus in TAUS.items():
+    found = {}
+    for way, taus in {"fixed": range(1, MOST + 1), **TAUS}.items():
         for tau in taus:
-            stop = stops(way, tau, change, same, entropy)
-            found[way, tau] = stop.mean(), 100 * right[stop - 1, range(len(stop))].mean()
+            stop = (np.full(len(x), tau) if way == "fixed"
+                    else stops(way, tau, change, same, entropy))
+            share = right[stop - 1, range(len(stop))].mean()
+            loops = float(stop.mean())
+            found[way, tau] = loops, passes(model.config, way, loops), 100 * float(share)
     return found
 
 
 def experiment(task):
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    runs, _ = models(task)
+    torch.set_num_threads(JOBS)
+    runs, _ = models(task, ("LoopMDM",))
     results = {seed: measure(runs["LoopMDM", seed]) for seed in SEEDS}
-    save_csv(f"stopping_{task}", ["criterion", "tau_or_loops", "seed", "mean_loops", "right_%"],
-             [[way, tau, seed, float(used), float(right)] for seed, found in results.items()
-              for (way, tau), (used, right) in found.items()])
+    save_csv(f"stopping_{task}",
+             ["criterion", "tau_or_loops", "seed", "mean_loops", "mean_passes", "right_%"],
+             [[way, tau, seed, *values] for seed, found in results.items()
+              for (way, tau), values in found.items()])
     table = []
     for way, tau in results[1]:
-        used, right = zip(*(results[seed][way, tau] for seed in SEEDS))
-        table.append([WAYS[way], f"{tau:g}", spread(used, "{:.2f}"), spread(right, "{:.1f}")])
-    print_table(f"{task}: right in one denoising step, %, by loops used; {of_seeds()}",
-                ["stops by", "tau, k or S", "loops used", "right, %"], table)
+        columns = zip(*(results[seed][way, tau] for seed in SEEDS))
+        table.append([WAYS[way], f"{tau:g}"] + [spread(column, form) for column, form
+                                                in zip(columns, ("{:.2f}", "{:.2f}", "{:.1f}"))])
+    print_table(f"{task}: right in one denoising step, %, mixed difficulty; {of_seeds()}",
+                ["stops by", "tau, k or S", "loops", "passes through layers", "right, %"], table)
 
     _, (ax,) = new_figure()
     for i, (way, name) in enumerate(WAYS.items()):
-        points = sorted((mean(results[seed][way, tau][0] for seed in SEEDS),
-                         [results[seed][way, tau][1] for seed in SEEDS])
+        points = sorted((mean(results[seed][way, tau][1] for seed in SEEDS),
+                         [results[seed][way, tau][2] for seed in SEEDS])
                         for kind, tau in results[1] if kind == way)
         line(ax, i, name, dict(points), "-" if way == "fixed" else ":")
-    finish(ax, f"stopping_{task}", xlabel="loops used, mean", ylabel="problems right, %",
-           title=f"When to stop, {task}: one denoising step, mixed difficulty")
+    finish(ax, f"stopping_{task}", xlabel="passes through layers, mean",
+           ylabel="problems right in one denoising step, %",
+           title=f"When to stop looping, {task}, problems of mixed difficulty")
 
 
 if __name__ == "__main__":
