@@ -423,10 +423,10 @@ def ask(r, *arguments, file=False):
     kept = os.path.join(r.folder, f"{words[0]}_{key}")
     if not os.path.exists(kept) or not open(kept, "rb").read().endswith(b"\n"):
         new = f"{kept}.{os.getpid()}"
-        if words[0] != "attention":
-            words += ["--precision", given.precision]
-        output = loopmdm(words[0], "--model", r.folder, *words[1:], *([new] if file else []),
-                         "--threads", 1)
+        how = ["--threads", 1]
+        if words[0] != "attention":  # it has no --precision
+            how += ["--precision", given.precision]
+        output = loopmdm(words[0], "--model", r.folder, *how, *words[1:], *([new] if file else []))
         if not file:
             with open(new, "w", encoding="latin-1", newline="") as answer:
                 answer.write(output)
