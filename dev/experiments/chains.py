@@ -175,7 +175,7 @@ def experiment(task):
         draw_models(left, range(1, ROWS + 1), row)
         left.set(xlabel="row: conclusions one after the other", ylabel="right in one step, %",
                  xticks=range(1, ROWS + 1))
-        left.legend(loc="lower left")
+        left.legend(loc="lower left", fontsize=9)
         draw_models(right, STEPS, all_rows)
         log_axis(right, STEPS)
         right.set(xlabel="denoising steps", ylabel="all ten rows right, %")
