@@ -245,8 +245,8 @@ build/sudoku9_%.bin: build/sudoku
 		--output $@ --tokenizer build/sudoku9_$*.tok
 build/puzzles9_%.bin: build/sudoku
 	build/sudoku --size 9 --givens $* --seed 2 --count 1000 --output $@
-build/rule30_%.bin: dev/data/rule30.py
-	python3 dev/data/rule30.py --seed $(SEED) --output $@ --tokenizer build/rule30_$*.tok \
+build/rule30_%.bin: dev/data/rule30.py | .venv/ready
+	.venv/bin/python dev/data/rule30.py --seed $(SEED) --output $@ --tokenizer build/rule30_$*.tok \
 		$(if $(filter train,$*),--count 150000,--count 2048 --test)
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt

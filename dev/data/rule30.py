@@ -5,23 +5,27 @@ The cells of a row stand on a ring and are 0 or 1. By rule 30 a cell of the next
 one of these is true: its left neighbour is 1; it or its right neighbour is 1. Nobody knows a much
 shorter way to the k-th row than row after row.
 
-    python3 dev/data/rule30.py --count 100000 --seed 1 --output rows.bin --tokenizer rule30.tok
-    python3 dev/data/rule30.py --count 1000 --seed 2 --test --output test.bin
+    python dev/data/rule30.py --count 100000 --seed 1 --output rows.bin --tokenizer rule30.tok
+    python dev/data/rule30.py --count 1000 --seed 2 --test --output test.bin
 
 A sequence is end-of-text, a first row, ">" and the rows that follow from it. First rows are drawn
 from a seed. A hash of the row decides whether it is for training or, one of four, for --test. So no
 test begins as a training sequence does.
 """
 import argparse
-import array
 import hashlib
 import os
 import random
-import struct
 import sys
 
-SHARD, TOKENIZER = (20240520, 1), (20240328, 2)  # what the two kinds of files begin with
-TOKENS = (b".", b"0", b"1", b">", b"<|endoftext|>")
+try:
+    import tinystories
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("rule30.py: needs tinystories.py beside it, and that needs Hugging Face's tokenizers")
+
+TOKENS = (b".", b"0", b"1", b">", tinystories.EOT.encode())
 SEPARATOR, EOT = 3, 4
 MOST_TOKENS = 2**31 - 1  # of a shard: its header has an int32
 
@@ -57,17 +61,12 @@ def first_rows(cells, count, seed, test):
 
 
 def save(files):
-    """
-    Writes files, all complete or none: {path: (the first integers of the header, content)}. The
-    header has 256 integers.
-    """
+    """Writes files, all complete or none. files: {path: function that writes to a path}."""
     try:
-        for path, (header, content) in files.items():
-            with open(path + ".tmp", "wb") as file:
-                file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
-                file.write(content)
+        for path, write in files.items():
+            write(path + ".tmp")
         for path in files:
-            os.rename(path + ".tmp", path)
+            os.replace(path + ".tmp", path)
     except OSError as error:
         for name in files:
             if os.path.exists(name + ".tmp"):
@@ -95,15 +94,10 @@ def main():
     if o.tokenizer and os.path.realpath(o.tokenizer) == os.path.realpath(o.output):
         parser.error("--output and --tokenizer would overwrite each other")
 
-    shard = array.array("H")
-    for first in first_rows(o.cells, o.count, o.seed, o.test):
-        shard.extend(sequence(first, o.rows))
-    if sys.byteorder == "big":
-        shard.byteswap()
-    files = {o.output: ((*SHARD, o.count * (2 + o.cells * (1 + o.rows))), shard.tobytes())}
+    rows = (sequence(first, o.rows) for first in first_rows(o.cells, o.count, o.seed, o.test))
+    files = {o.output: lambda path: tinystories.write_shard(path, rows)}
     if o.tokenizer:
-        words = b"".join(bytes([len(token)]) + token for token in TOKENS)
-        files[o.tokenizer] = (*TOKENIZER, len(TOKENS), EOT), words
+        files[o.tokenizer] = lambda path: tinystories.write_tokenizer_bin(path, TOKENS, EOT)
     save(files)
 
 

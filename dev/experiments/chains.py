@@ -18,9 +18,10 @@ import functools
 import os
 import subprocess
 
-from common import (SEEDS, TASKS, TERA, WORK, Failure, ask, chosen, each, flops_by_loops, given,
-                    line, log_axis, mean, nelbo, new_figure, numbers, of_seeds, pick, print_table,
-                    run, save_csv, save_figure, spread, table_of, train)
+from common import (SEEDS, TASKS, TERA, WORK, Failure, ask, best_rates, chosen, each,
+                    flops_by_loops, given, label, line, log_axis, mean, nelbo, new_figure, numbers,
+                    of_seeds, pick, print_table, run, save_csv, save_figure, spread, table_of,
+                    train)
 
 BUDGETS = {"rule30": 36 * TERA, "sudoku9": 200 * TERA}
 MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 9}, "LoopMDM": {}}
@@ -52,11 +53,7 @@ def puzzles():
 
 def models(task, names=tuple(MODELS)):
     """Returns ({(model, seed): run}, {model: its learning rate}) of these models, trained."""
-    trials = {(name, rate): run(task, BUDGETS[task] / 4, lr=rate, **MODELS[name])
-              for name in names for rate in RATES}
-    train(trials.values())
-    tuned = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], trials)
-    best = {name: min(RATES, key=lambda rate: tuned[name, rate]) for name in names}
+    tuned, best = best_rates(task, BUDGETS[task] / 4, {name: MODELS[name] for name in names}, RATES)
     print_table(f"{task}: NELBO by highest learning rate, {BUDGETS[task] / 4 / TERA:g} TFLOP",
                 ["model"] + [f"{rate:g}" for rate in RATES],
                 [[name] + [f"{tuned[name, rate]:.4f}" for rate in RATES] for name in names])
@@ -82,7 +79,7 @@ def automata():
 
 
 def rows_right(r):
-    """Returns {(S, steps): the share of each row that is right; of tests that are all right}."""
+    """Returns {(a row or "all rows", S, steps): the share of tests where it is right}."""
     wanted, path = automata()
     shares = {}
     for S in loops_of(r):
@@ -90,10 +87,11 @@ def rows_right(r):
             output = ask(r, "sample", "--fill-file", path, "--loops", S, "--steps", steps,
                          "--temperature", 0)
             found = [text[CELLS + 1:] for text in output.rstrip("\n").split("\n\n")]
-            rows = [mean(text[k:k + CELLS] == right[k:k + CELLS]
-                         for text, right in zip(found, wanted, strict=True))
-                    for k in range(0, CELLS * ROWS, CELLS)]
-            shares[S, steps] = rows, mean(map(str.__eq__, found, wanted))
+            for k in range(ROWS):
+                row = slice(k * CELLS, (k + 1) * CELLS)
+                shares[f"row {k + 1}", S, steps] = mean(
+                    text[row] == right[row] for text, right in zip(found, wanted, strict=True))
+            shares["all rows", S, steps] = mean(map(str.__eq__, found, wanted))
     return shares
 
 
@@ -108,101 +106,89 @@ def solved(r):
     return shares
 
 
-
-def label(model, S):
-    """Returns the name of a line in tables and figures."""
-    return f"LoopMDM, S={S}" if model == "LoopMDM" else model
-
-
-def used(model):
-    """Returns the numbers of loops that a table has for a model."""
-    return LOOPS if model == "LoopMDM" else (1,)
-
-
 def percent(values):
     """Returns shares as '%, mean (lowest to highest)'."""
     return spread([100 * value for value in values], "{:.1f}")
 
 
-def show_table(runs, title, heading, columns, value):
-    """Prints value(model, seed, S, column), a share, for each line and column."""
-    print_table(f"{title}; %, {of_seeds()}",
-                ["model", "GFLOP per sequence and step", *(f"{heading} {k}" for k in columns)],
+def show_table(runs, results, title, columns):
+    """Prints a line for each model and number of loops. columns: {heading: (what, steps)}."""
+    print_table(f"{title}; %, {of_seeds()}", ["model", "GFLOP per sequence and step", *columns],
                 [[label(model, S), f"{flops_by_loops(runs[model, 1])[S][0] / 1e9:.3g}"]
-                 + [percent(value(model, seed, S, k) for seed in SEEDS) for k in columns]
-                 for model in MODELS for S in used(model)])
+                 + [percent(results[model, seed][what, S, steps] for seed in SEEDS)
+                    for what, steps in columns.values()]
+                 for model in MODELS for S in loops_of(runs[model, 1])])
 
 
-def draw_models(ax, xs, value):
-    """Draws value(model, seed, S, x), a share, of the three models; LoopMDM with S=6."""
+def draw_models(ax, results, points):
+    """Draws a line for each model, LoopMDM with S=6. points: {x: (what, steps)}."""
     for i, model in enumerate(MODELS):
-        S = 1 if model != "LoopMDM" else pick(2, 6)
+        S = pick(2, 6) if model == "LoopMDM" else 1
         line(ax, i, label(model, S),
-             {x: [100 * value(model, seed, S, x) for seed in SEEDS] for x in xs})
+             {x: [100 * results[model, seed][what, S, steps] for seed in SEEDS]
+              for x, (what, steps) in points.items()})
     ax.set_ylim(-3, 103)
 
 
+def show_rule30(runs, results, left, right):
+    """Prints the tables of rule30 and draws its figure."""
+    rows = {k: (f"row {k}", 1) for k in range(1, ROWS + 1)}
+    whole = {steps: ("all rows", steps) for steps in STEPS}
+    show_table(runs, results, "rule30: rows right in one denoising step",
+               {f"row {k}": at for k, at in rows.items()})
+    show_table(runs, results, "rule30: all rows right",
+               {f"steps {k}": at for k, at in whole.items()})
+    draw_models(left, results, rows)
+    left.set(xlabel="row: conclusions one after the other", ylabel="right in one step, %",
+             xticks=list(rows))
+    left.legend(loc="lower left", fontsize=9)
+    draw_models(right, results, whole)
+    log_axis(right, STEPS)
+    right.set(xlabel="denoising steps", ylabel="all ten rows right, %")
+    left.figure.suptitle("Rule 30: each row follows from the one before it")
+
+
+def show_sudoku9(runs, results, left, right):
+    """Prints the tables of sudoku9 and draws its figure."""
+    for kind in puzzles():
+        show_table(runs, results, f"9x9 Sudoku, {kind}: solved",
+                   {f"steps {steps}": (kind, steps) for steps in STEPS})
+    kind = "30 givens"
+    draw_models(left, results, {steps: (kind, steps) for steps in STEPS})
+    log_axis(left, STEPS)
+    left.set(xlabel="denoising steps", ylabel="solved, %")
+    left.legend()
+    for i, steps in enumerate(STEPS[::2]):
+        line(right, i + 3, f"{steps} denoising step{'s' * (steps > 1)}",
+             {S: [100 * results["LoopMDM", seed][kind, S, steps] for seed in SEEDS]
+              for S in LOOPS})
+    log_axis(right, LOOPS)
+    right.set(xlabel="loops of LoopMDM", ylim=(-3, 103))
+    right.legend()
+    left.figure.suptitle(f"9x9 Sudoku with {kind}")
+
+
 def experiment(task):
+    prepare, measure, show = {"rule30": (automata, rows_right, show_rule30),
+                              "sudoku9": (puzzles, solved, show_sudoku9)}[task]
     runs, best = models(task)
     losses = each("evaluating", lambda r: nelbo(r, loops_of(r)), runs)
-    (automata if task == "rule30" else puzzles)()  # once, before several threads ask for it
-    results = each("solving", rows_right if task == "rule30" else solved, runs)
-    lines = [[model, seed, best[model], runs[model, seed].flops(), S, "", "NELBO", loss]
-             for (model, seed), found in losses.items() for S, loss in found.items()]
-    unit = TASKS[task].unit
-    print_table(f"{task}: NELBO, {unit}, {BUDGETS[task] / TERA:g} TFLOP each, {of_seeds()}",
-                ["model", "highest learning rate", "NELBO"],
+    prepare()  # once, before several threads ask for it
+    results = each("solving", measure, runs)
+    print_table(f"{task}: NELBO, {TASKS[task].unit}, {BUDGETS[task] / TERA:g} TFLOP each, "
+                f"{of_seeds()}", ["model", "highest learning rate", "NELBO"],
                 [[label(model, S), f"{best[model]:g}",
                   spread(losses[model, seed][S] for seed in SEEDS)]
-                 for model in MODELS for S in used(model)])
-    figure, (left, right) = new_figure(2)
+                 for model in MODELS for S in loops_of(runs[model, 1])])
 
-    if task == "rule30":
-        for (model, seed), found in results.items():
-            for (S, steps), (rows, whole) in found.items():
-                of = [model, seed, best[model], runs[model, seed].flops(), S, steps]
-                lines += [[*of, f"row {k + 1}", share] for k, share in enumerate(rows)]
-                lines.append([*of, "all rows", whole])
-
-        def row(model, seed, S, k):
-            return results[model, seed][S, 1][0][k - 1]
-
-        def all_rows(model, seed, S, steps):
-            return results[model, seed][S, steps][1]
-
-        show_table(runs, "rule30: rows right in one denoising step", "row", range(1, ROWS + 1), row)
-        show_table(runs, "rule30: all rows right", "steps", STEPS, all_rows)
-        draw_models(left, range(1, ROWS + 1), row)
-        left.set(xlabel="row: conclusions one after the other", ylabel="right in one step, %",
-                 xticks=range(1, ROWS + 1))
-        left.legend(loc="lower left", fontsize=9)
-        draw_models(right, STEPS, all_rows)
-        log_axis(right, STEPS)
-        right.set(xlabel="denoising steps", ylabel="all ten rows right, %")
-        figure.suptitle("Rule 30: each row follows from the one before it")
-    else:
-        for (model, seed), found in results.items():
-            lines += [[model, seed, best[model], runs[model, seed].flops(), S, steps, kind, share]
-                      for (kind, S, steps), share in found.items()]
-        for kind in puzzles():
-            show_table(runs, f"9x9 Sudoku, {kind}: solved", "steps", STEPS,
-                       lambda model, seed, S, steps: results[model, seed][kind, S, steps])
-        kind = "30 givens"
-        draw_models(left, STEPS,
-                    lambda model, seed, S, steps: results[model, seed][kind, S, steps])
-        log_axis(left, STEPS)
-        left.set(xlabel="denoising steps", ylabel="solved, %")
-        left.legend()
-        for i, steps in enumerate(STEPS[::2]):
-            line(right, i + 3, f"{steps} denoising step{'s' * (steps > 1)}",
-                 {S: [100 * results["LoopMDM", seed][kind, S, steps] for seed in SEEDS]
-                  for S in LOOPS})
-        log_axis(right, LOOPS)
-        right.set(xlabel="loops of LoopMDM", ylim=(-3, 103))
-        right.legend()
-        figure.suptitle(f"9x9 Sudoku with {kind}")
+    found = {key: {("NELBO", S, ""): loss for S, loss in losses[key].items()} for key in runs}
     save_csv(f"chains_{task}", ["model", "seed", "highest_lr", "flop", "loops", "steps", "what",
-                                "value"], lines)
+                                "value"],
+             [[model, seed, best[model], runs[model, seed].flops(), S, steps, what, value]
+              for part in (found, results) for (model, seed), values in part.items()
+              for (what, S, steps), value in values.items()])
+    figure, axes = new_figure(2)
+    show(runs, results, *axes)
     save_figure(figure, f"chains_{task}")
 
 

@@ -459,6 +459,19 @@ def nelbo(r, loops=None, seed=1, data=None, sequences=None):
     return {int(S): loss for S, _, loss, *_ in table}
 
 
+def best_rates(task, budget, models, rates):
+    """
+    Trains models ({name: changes}) with each highest learning rate and the first seed. Returns
+    ({(name, rate): NELBO with the most loops in training, other masks than those of results},
+    {name: the best rate}).
+    """
+    runs = {(name, rate): run(task, budget, lr=rate, **changes)
+            for name, changes in models.items() for rate in rates}
+    train(runs.values())
+    tuned = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], runs)
+    return tuned, {name: min(rates, key=lambda rate: tuned[name, rate]) for name in models}
+
+
 def solved(r, *how):
     """Returns the program's table of solved Sudoku puzzles, the most probable digits first."""
     return table_of(ask(r, "eval", "--sudoku", "--data", "build/puzzles10.bin",

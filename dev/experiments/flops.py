@@ -13,9 +13,9 @@ loops in training.
 """
 import math
 
-from common import (LINES, MODELS, SEEDS, TASKS, TERA, chosen, each, finish, label, line, log_axis,
-                    mean, mean_flops, nelbo, new_figure, of_seeds, pick, print_table, run, save_csv,
-                    spread, train)
+from common import (LINES, MODELS, SEEDS, TASKS, TERA, best_rates, chosen, each, finish, label,
+                    line, log_axis, mean, mean_flops, nelbo, new_figure, of_seeds, pick,
+                    print_table, run, save_csv, spread, train)
 
 RATES = pick((2e-3,), (1e-3, 2e-3, 4e-3, 8e-3))
 
@@ -32,12 +32,7 @@ def budgets_of(task):
 
 def tune(task):
     """Returns ({(model, learning rate): NELBO}, {model: the best rate})."""
-    runs = {(name, rate): run(task, budgets_of(task)[0], lr=rate, **changes)
-            for name, changes in MODELS.items() for rate in RATES}
-    train(runs.values())
-    tuned = each("evaluating", lambda r: nelbo(r, seed=2)[r.max_loops], runs)
-    best = {name: min(RATES, key=lambda rate: tuned[name, rate]) for name in MODELS}
-    return tuned, best
+    return best_rates(task, budgets_of(task)[0], MODELS, RATES)
 
 
 def models(task):

@@ -574,8 +574,9 @@ def check_sudoku_errors(program, path):
     os.rename(bad_file, out + ".tmp")
     wrong += files_after(2, "--size", "4", "--output", out, "--from", out + ".tmp") is None
     check("sudoku: --from is an output, without one line and status 2",
-          wrong + (not file_bytes(out + ".tmp")))
-    os.remove(out + ".tmp")
+          wrong + (not os.path.exists(out + ".tmp")))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(out + ".tmp")
     before = sorted(os.listdir(folder))
     if not os.path.exists("/dev/full"):
         return
