@@ -4,7 +4,7 @@
 # make test         every check, with PyTorch and Hugging Face tokenizers, installed into .venv
 # make style        figures of how readable loopmdm.c is, and their limits (python3)
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
-#                   that they work. TINYSTORIES=FILE adds real text, PUZZLES=FILE hard Sudoku
+#                   that they work. TINYSTORIES=FILES adds real text, PUZZLES=FILES hard Sudoku
 # make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
 # make clean        removes what was built, the trained model too
 #
@@ -186,6 +186,8 @@ check: loopmdm build/test_loopmdm
 style:
 	python3 dev/test/style.py
 
+# With a Python that has all of dev/requirements.txt already: make -o .venv/ready PYTHON=python3 ..
+PYTHON = .venv/bin/python
 .venv/ready: dev/requirements.txt
 	python3 -m venv .venv || { echo 'make test needs python3 with its venv module' \
 		'(on Debian: apt install python3-venv)'; exit 1; }
@@ -218,21 +220,22 @@ build/profile.so: dev/bench/profile.c $(PROGRAM) build/flags
 	$(CC) $(CFLAGS) -shared -fPIC $< -o $@ -lm
 
 bench: .venv/ready loopmdm build/profile build/profile.so
-	$(if $(filter 1,$(QUICK)),.venv/bin/python dev/bench/bench.py --suite --turns 2 --steps 2, \
-		build/profile && .venv/bin/python dev/bench/bench.py \
+	$(if $(filter 1,$(QUICK)),$(PYTHON) dev/bench/bench.py --suite --turns 2 --steps 2, \
+		build/profile && $(PYTHON) dev/bench/bench.py \
 		matmul train forward sample memory scaling --suite --csv dev/results/bench_cpu.csv)
 
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
-EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention answers distributions \
-	copying recipes chains stopping
+EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention distributions copying \
+	recipes chains stopping text
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
-	build/templates.txt build/problems1_train.bin build/problems1_val.bin \
+	build/templates.txt build/problems_train.bin build/problems_val.bin \
 	build/rule30_train.bin build/rule30_val.bin build/sudoku9_train.bin build/sudoku9_val.bin \
 	build/puzzles9_46.bin build/puzzles9_36.bin build/puzzles9_30.bin build/puzzles9_26.bin \
-	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories4096/train.bin)
+	$(if $(TINYSTORIES),build/tinystories512/train.bin build/tinystories1024/train.bin \
+		build/tinystories4096/train.bin)
 experiments: .venv/ready loopmdm $(EXPERIMENT_DATA)
-	for name in $(EXPERIMENTS); do .venv/bin/python dev/experiments/$$name.py \
+	for name in $(EXPERIMENTS); do $(PYTHON) dev/experiments/$$name.py \
 		$(if $(filter 1,$(QUICK)),--quick) $(if $(PUZZLES),--puzzles $(PUZZLES)) || exit 1; done
 
 build/sudoku_%.bin: build/sudoku
@@ -246,18 +249,22 @@ build/sudoku9_%.bin: build/sudoku
 build/puzzles9_%.bin: build/sudoku
 	build/sudoku --size 9 --givens $* --seed 2 --count 1000 --output $@
 build/rule30_%.bin: dev/data/rule30.py | .venv/ready
-	.venv/bin/python dev/data/rule30.py --seed $(SEED) --output $@ --tokenizer build/rule30_$*.tok \
+	$(PYTHON) dev/data/rule30.py --seed $(SEED) --output $@ --tokenizer build/rule30_$*.tok \
 		$(if $(filter train,$*),--count 150000,--count 2048 --test)
 build/templates.txt: build/stories
 	build/stories --seed 3 --count 1000 --output build/templates_answers.txt
 	build/stories --seed 3 --count 1000 --templates --output $@
-build/problems1_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
-	build/arithmetic --steps 1 --largest 20 --seed $(SEED) \
-		--count $(if $(filter train,$*),100000,1000) --output build/problems1_$*.txt
-	./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 72 \
-		--input build/problems1_$*.txt --output $@
+# Problems of one, two and three calculations, each kind in a file of its own, and all of them.
+build/problems_%.bin: build/arithmetic dev/data/arithmetic.tok | loopmdm
+	for k in 1 2 3; do build/arithmetic --steps $$k --largest 20 --seed $(SEED) \
+		--count $(if $(filter train,$*),100000,1000) \
+		--output build/problems$${k}_$*.txt || exit 1; done
+	cat build/problems[123]_$*.txt >build/problems_$*.txt
+	for k in 1 2 3 ''; do ./loopmdm tokenize --tokenizer dev/data/arithmetic.tok --rows-of 96 \
+		--input build/problems$${k}_$*.txt --output build/problems$${k}_$*.bin || exit 1; done
 build/tinystories%/train.bin: $(TINYSTORIES) | .venv/ready
-	.venv/bin/python dev/data/tinystories.py --input $(TINYSTORIES) --vocab $* --out $(@D)
+	$(PYTHON) dev/data/tinystories.py --input $(TINYSTORIES) --shuffle 1 --vocab $* \
+		--out $(@D)
 
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu

@@ -1274,16 +1274,19 @@ static void check_noise(void) {
 
 static void check_draws_of_loops(void) {
     Config c = small_config(1, 3);
-    double share[3][5] = {{0}};
+    double share[4][5] = {{0}};
     for (int step = 0; step < 20000; step++)
-        for (int dist = 0; dist < 3; dist++)
+        for (int dist = 0; dist < 4; dist++)
             share[dist][loops_of_step(c, dist, step)] += 1 / 20000.0;
     // p(S) ~ 1 / FLOPs(S), so that p(1) / p(4) = FLOPs(4) / FLOPs(1)
     double flops = training_flops(c, 24, 4, 0.5, 0) / training_flops(c, 24, 1, 0.5, 0);
     const double *uniform = share[LOOPS_UNIFORM], *by_flops = share[LOOPS_FLOPS];
+    const double *top = share[LOOPS_TOP];
     check("p(S) uniform", fmax(fabs(uniform[1] - 0.25), fabs(uniform[4] - 0.25)), 0.015,
           "20000 steps");
     check("p(S) fixed", fabs(1 - share[LOOPS_FIXED][4]), 1e-9, "20000 steps");
+    check("p(S) top: only 2, 3 and 4", fabs(1 - top[2] - top[3] - top[4]), 1e-9, "20000 steps");
+    check("p(S) top", fmax(fabs(top[2] - 1 / 3.0), fabs(top[4] - 1 / 3.0)), 0.015, "20000 steps");
     check("p(S) flops: p(1)/p(4), relative", fabs(by_flops[1] / by_flops[4] / flops - 1), 0.08,
           "20000 steps");
 }

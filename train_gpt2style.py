@@ -157,14 +157,15 @@ def add_noise(c, targets, seed, step, first, total, given=None):
     return x, t, weights
 
 def draw_loops(c, dist, seed, step):
-    """The loops of a step, S ~ p(S) on 1 .. S_max. dist: uniform, fixed, or flops, p ~ 1/FLOPs."""
+    """The loops of a step: uniform on 1 .. S_max, fixed (S_max), top (uniform on S_max/2 .. S_max,
+    S_max/2 rounded up) or flops (p ~ 1/FLOPs)."""
     if dist == "fixed":
         return c.max_loops
-    flops = [flops_per_token(c, c.max_seq_len, S, 0.5) for S in range(1, c.max_loops + 1)]
-    p = [1 / f if dist == "flops" else 1.0 for f in flops]
+    loops = np.arange((c.max_loops + 1) // 2 if dist == "top" else 1, c.max_loops + 1)
+    p = [1 / flops_per_token(c, c.max_seq_len, S, 0.5) if dist == "flops" else 1.0 for S in loops]
     below = np.cumsum(p)
     u = random_uniform(seed, STREAM_LOOPS, step, [0])[0] * below[-1]
-    return min(c.max_loops, 1 + int(np.searchsorted(below, u, side="right")))
+    return int(loops[min(len(loops) - 1, np.searchsorted(below, u, side="right"))])
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
@@ -763,7 +764,7 @@ def main(words=None):
     add([t, e], text, data=..., answers_after=None)
     add([t], text, out=..., val_data=None, tokenizer=None)
     add([t], {"choices": PRESETS}, model="nano")
-    add([t], {"choices": ["uniform", "fixed", "flops"]}, loop_dist="uniform")
+    add([t], {"choices": ["uniform", "fixed", "top", "flops"]}, loop_dist="uniform")
     add([t], whole, vocab=None, layers=None, heads=None, channels=None, seq_len=None,
         max_loops=None, batch=None, steps=None, accum=None, save_every=500, val_every=500,
         val_rows=256)

@@ -132,7 +132,7 @@ static const struct {
     {"init", TRAIN, TEXT, &opt_init, 0, "FOLDER",
      "begin with the parameters of another model of the same shape; its loop may differ"},
     {"loop-dist", TRAIN, TEXT, &opt_loop_dist, 0, "NAME",
-     "how a step's loops are drawn: uniform, fixed (always S), flops (p ~ 1/FLOPs)"},
+     "how a step's loops are drawn: uniform, fixed (S), top (S/2 to S), flops (p ~ 1/FLOPs)"},
     {"fixed-rows", TRAIN, FLAG, &opt_fixed_rows, 0, "",
      "the data are sequences of T tokens, such as boards; without it sequences begin anywhere"},
     {"answers-after", TRAIN | EVAL | ATTENTION, TEXT, &opt_answers_after, 0, "TOKEN",
@@ -1069,12 +1069,14 @@ static void catch_interrupts(void) {
     signal(SIGPIPE, SIG_IGN); // to write to a pipe that is closed is then an error
 }
 
-// --loop-dist: a step has S = 1 .. S_max loops with p(S) = 1/S_max, S_max, or p(S) ~ 1/FLOPs(S).
-enum { LOOPS_UNIFORM, LOOPS_FIXED, LOOPS_FLOPS };
+// --loop-dist: a step has S = 1 .. S_max loops, each as often; S_max loops; S_max/2 .. S_max, each
+// as often; or 1 .. S_max with p(S) ~ 1/FLOPs(S).
+enum { LOOPS_UNIFORM, LOOPS_FIXED, LOOPS_TOP, LOOPS_FLOPS };
 
 static int loops_of_step(Config c, int dist, int step) {
     if (dist == LOOPS_FIXED) return c.max_loops;
-    if (dist == LOOPS_UNIFORM) return draw_loops(c.max_loops, opt_seed, step);
+    int below = dist == LOOPS_TOP ? (c.max_loops - 1) / 2 : 0; // so many of 1, 2, .. are left out
+    if (dist != LOOPS_FLOPS) return below + draw_loops(c.max_loops - below, opt_seed, step);
 
     // Of u, uniform in [0, total), each S gets a piece as long as 1/FLOPs(S).
     double total = 0, sum = 0;
@@ -1102,7 +1104,7 @@ static void check_train_options(void) {
 
 // Opens tokenizer and data, and builds the model without memory.
 static void train_open(Training *t) {
-    static const char *const dists[] = {"uniform", "fixed", "flops"};
+    static const char *const dists[] = {"uniform", "fixed", "top", "flops"};
     const Tokenizer *tokenizer = opt_tokenizer ? &t->tokenizer : NULL;
     if (tokenizer) {
         t->tokenizer = tokenizer_open(opt_tokenizer);

@@ -10,6 +10,7 @@ import argparse
 import http.client
 import itertools
 import os
+import random
 import struct
 import sys
 import tempfile
@@ -60,6 +61,19 @@ def stories(path):
                         yield story
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8: {e.reason}") from None
+
+
+def stories_of(paths, seed=None):
+    """
+    Returns an iterator over the stories of some files, in an order that depends on `seed` only;
+    without it in the files' order, and without holding them in memory. Raises as stories().
+    """
+    in_order = itertools.chain.from_iterable(map(stories, paths))
+    if seed is None:
+        return in_order
+    shuffled = list(in_order)
+    random.Random(seed).shuffle(shuffled)
+    return iter(shuffled)
 
 
 def download(url, path):
@@ -231,17 +245,18 @@ def encode_shard(path, tokenizer, texts):
 
 def sources(args):
     """
-    Returns (text for training, text for validation, cut). It downloads the texts if necessary. If
-    one file serves both, its stories from number `cut` on are for validation.
+    Returns (files for training, files for validation, cut). It downloads them if necessary. If the
+    same files serve both, the stories from number `cut` on are for validation.
 
     Raises OSError, or ValueError if there are too few stories.
     """
     if args.input:
-        total = sum(1 for _ in stories(args.input))
+        total = sum(1 for _ in stories_of(args.input))
         if total == 0:
-            raise ValueError(f"{args.input}: no stories")
+            raise ValueError(f"{', '.join(args.input)}: no stories")
         if total == 1:
-            raise ValueError(f"{args.input}: one story only: another is needed for validation")
+            raise ValueError(
+                f"{', '.join(args.input)}: one story only: another is needed for validation")
         return args.input, args.input, max(1, total - max(1, round(total * args.val)))
     os.makedirs(args.out, exist_ok=True)
     paths = []
@@ -251,7 +266,7 @@ def sources(args):
     for path in paths:
         if next(stories(path), None) is None:
             raise ValueError(f"{path}: no stories")
-    return *paths, None
+    return paths[:1], paths[1:], None
 
 
 def check_outputs(args):
@@ -259,12 +274,13 @@ def check_outputs(args):
     Raises ValueError if a file to write is a folder, or a file to read. --input must be no pipe: it
     is read several times.
     """
-    if args.input and os.path.exists(args.input) and not os.path.isfile(args.input):
-        raise ValueError(f"--input: {args.input} is a folder, device or pipe; a file is needed")
+    for path in args.input:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"--input: {path} is a folder, device or pipe; a file is needed")
     for path in (os.path.join(args.out, name) for name in OUTPUTS):
         if os.path.isdir(path):
             raise ValueError(f"--out: {path} is a folder; a file is to be written there")
-        for read in filter(None, (args.input, args.gpt2_vocab, args.gpt2_merges)):
+        for read in filter(None, (*args.input, args.gpt2_vocab, args.gpt2_merges)):
             if os.path.realpath(read) == os.path.realpath(path):
                 raise ValueError(
                     f"--out: {path} would overwrite what is read; choose another folder")
@@ -276,7 +292,7 @@ def make(args):
     ValueError.
     """
     check_outputs(args)
-    train_path, val_path, cut = sources(args)
+    train_paths, val_paths, cut = sources(args)
     os.makedirs(args.out, exist_ok=True)
     if args.vocab == "gpt2":
         vocab_file = os.path.join(args.out, "gpt2_vocab.json")
@@ -284,7 +300,8 @@ def make(args):
         tokenizer = gpt2_bpe(args.gpt2_vocab or download(GPT2.format("vocab.json"), vocab_file),
                              args.gpt2_merges or download(GPT2.format("merges.txt"), merges_file))
     else:
-        tokenizer = train_bpe(itertools.islice(stories(train_path), cut), args.vocab)
+        tokenizer = train_bpe(itertools.islice(stories_of(train_paths, args.shuffle), cut),
+                              args.vocab)
     tokens, eot = token_bytes(tokenizer), tokenizer.token_to_id(EOT)
     if len(tokens) > MAX_VOCAB:
         raise ValueError(f"{args.gpt2_vocab}: {len(tokens)} tokens, over {MAX_VOCAB}")
@@ -294,8 +311,8 @@ def make(args):
         write_tokenizer_bin(paths["tokenizer.bin"], tokens, eot)
         with open(paths["tokenizer.json"], "w", encoding="utf-8") as f:
             f.write(tokenizer.to_str(pretty=True))
-        training = itertools.islice(stories(train_path), cut)
-        validation = itertools.islice(stories(val_path), cut, None)
+        training = itertools.islice(stories_of(train_paths, args.shuffle), cut)
+        validation = itertools.islice(stories_of(val_paths, args.shuffle), cut, None)
         about = {
             "tokenizer.bin": f"{len(tokens)} tokens, end-of-text {eot}",
             "tokenizer.json": "the same, for Hugging Face",
@@ -343,9 +360,11 @@ def main():
     about = "Makes training data from TinyStories, or from any text."
     parser = argparse.ArgumentParser(prog="tinystories.py", description=about)
     add = parser.add_argument
-    add("--input", metavar="FILE",
-        help=f"UTF-8 text; a line {EOT} separates two stories "
+    add("--input", metavar="FILE", nargs="+", default=[],
+        help=f"UTF-8 text, one file or several; a line {EOT} separates two stories "
              "(default: TinyStories, downloaded to --out)")
+    add("--shuffle", metavar="SEED", type=int,
+        help="put the stories of --input in a random order first; they must fit into memory")
     add("--val", metavar="SHARE", type=share, default=0.05,
         help="share of the stories of --input for validation: the last ones, at least one story "
              "(default: %(default)s)")
@@ -359,6 +378,8 @@ def main():
     args = parser.parse_args()
     if args.vocab != "gpt2" and (args.gpt2_vocab or args.gpt2_merges):
         parser.error("--gpt2-vocab and --gpt2-merges are for --vocab gpt2")
+    if args.shuffle is not None and not args.input:
+        parser.error("--shuffle is for --input")
     run(parser.prog, make, args)
 
 

@@ -4,8 +4,12 @@
 rule30: the rows of a cellular automaton (dev/data/rule30.py). The first row is given. Each row
 follows from the one before it, so the number of a row is the length of the inference.
 
-sudoku9: 9x9 boards (dev/data/sudoku.c) and puzzles, whose blanks are filled in greedily, by
-confidence.
+problems: word problems of one, two and three calculations (dev/data/arithmetic.c --largest 20). The
+question is given, the answer is learned and filled in. Right is the number after its last ####.
+
+sudoku9: 9x9 boards (dev/data/sudoku.c) and puzzles.
+
+All blanks are filled in greedily, by confidence.
 
 The models are an MDM, LoopMDM with the same parameters (S drawn from 1 to 6), and a deeper MDM
 whose training step costs as much as LoopMDM's mean step. All have the same training FLOPs; what a
@@ -18,18 +22,20 @@ import functools
 import os
 import subprocess
 
-from common import (SEEDS, TASKS, TERA, WORK, Failure, ask, best_rates, chosen, each,
+from common import (SEEDS, TASKS, TERA, TIMES, WORK, Failure, ask, best_rates, chosen, each,
                     flops_by_loops, given, label, line, log_axis, mean, nelbo, new_figure, numbers,
                     of_seeds, pick, print_table, run, save_csv, save_figure, spread, table_of,
                     train)
 
-BUDGETS = {"rule30": 36 * TERA, "sudoku9": 200 * TERA}
+BUDGETS = {task: budget * TIMES * TERA
+           for task, budget in {"rule30": 36, "problems": 72, "sudoku9": 200}.items()}
 MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 9}, "LoopMDM": {}}
 RATES = pick((2e-3,), (2e-3, 4e-3, 8e-3, 1.6e-2))
 LOOPS = pick((1, 2), (1, 2, 4, 6, 8, 12, 24))
 STEPS = pick((1, 2), (1, 2, 5, 10, 20))
 CELLS, ROWS = 16, 10  # of rule30
-TESTS = pick(2, 250)  # first rows of rule30, and puzzles of each kind
+CALCULATIONS = (1, 2, 3)  # of problems
+TESTS = pick(2, 250)  # of rule30, and of each kind of problem and puzzle
 
 
 def loops_of(r):
@@ -95,11 +101,18 @@ def rows_right(r):
     return shares
 
 
+def problems():
+    """Returns {kind of problem: a file of them}."""
+    return {f"{k} calculation{'s' * (k > 1)}": f"build/problems{k}_val.bin" for k in CALCULATIONS}
+
+
 def solved(r):
-    """Returns {(kind of puzzle, S, steps): the share that is solved}."""
+    """Returns {(kind of puzzle or problem, S, steps): the share that is solved}."""
+    kinds, *how = ((puzzles(), "--sudoku") if r.task == "sudoku9" else
+                   (problems(), "--exact-match", "--answers-after", r.options["answers-after"]))
     shares = {}
-    for kind, path in puzzles().items():
-        output = ask(r, "eval", "--sudoku", "--data", path, "--rows", TESTS, "--batch", 50,
+    for kind, path in kinds.items():
+        output = ask(r, "eval", *how, "--data", path, "--rows", TESTS, "--batch", 50,
                      "--loops", numbers(loops_of(r)), "--steps", numbers(STEPS))
         for S, steps, _, right, *_ in table_of(output):
             shares[kind, int(S), int(steps)] = right / 100
@@ -148,6 +161,21 @@ def show_rule30(runs, results, left, right):
     left.figure.suptitle("Rule 30: each row follows from the one before it")
 
 
+def show_problems(runs, results, left, right):
+    """Prints the tables of problems and draws its figure."""
+    for kind in problems():
+        show_table(runs, results, f"Word problems, {kind}: answered right",
+                   {f"steps {steps}": (kind, steps) for steps in STEPS})
+    draw_models(left, results, {k: (kind, 1) for k, kind in zip(CALCULATIONS, problems())})
+    left.set(xlabel="calculations in a problem", ylabel="answered right in one step, %",
+             xticks=CALCULATIONS)
+    left.legend()
+    draw_models(right, results, {steps: (kind, steps) for steps in STEPS})
+    log_axis(right, STEPS)
+    right.set(xlabel="denoising steps", ylabel=f"answered right, {kind}, %")
+    left.figure.suptitle("Word problems")
+
+
 def show_sudoku9(runs, results, left, right):
     """Prints the tables of sudoku9 and draws its figure."""
     for kind in puzzles():
@@ -170,6 +198,7 @@ def show_sudoku9(runs, results, left, right):
 
 def experiment(task):
     prepare, measure, show = {"rule30": (automata, rows_right, show_rule30),
+                              "problems": (problems, solved, show_problems),
                               "sudoku9": (puzzles, solved, show_sudoku9)}[task]
     runs, best = models(task)
     losses = each("evaluating", lambda r: nelbo(r, loops_of(r)), runs)
@@ -193,5 +222,5 @@ def experiment(task):
 
 
 if __name__ == "__main__":
-    for task in chosen("rule30", "sudoku9"):
+    for task in chosen("rule30", "problems", "sudoku9"):
         experiment(task)

@@ -16,6 +16,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import math
 import os
 import re
 import signal
@@ -38,19 +39,27 @@ parser.add_argument("--jobs", type=int,
                     else os.cpu_count(),
                     help="models at a time, each with one thread (default: one for each core)")
 parser.add_argument("--task",
-                    choices=("sudoku", "stories", "tinystories", "nano", "problems", "rule30",
-                             "sudoku9"),
+                    choices=("sudoku", "stories", "tinystories", "nano", "rule30", "problems",
+                             "sudoku9", "text4", "text12"),
                     help="only this task, if an experiment has several")
 parser.add_argument("--puzzles", metavar="FILE", nargs="+", default=[],
                     help="9x9 Sudoku for chains.py: a puzzle, a comma and its solution a line")
 parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                     help="of the program's matrix products (default: fp32); models and results "
                     "of bf16 have names of their own")
+parser.add_argument("--program", metavar="FILE", default="./loopmdm",
+                    help="a build of loopmdm (default: ./loopmdm); ./loopmdm_cuda for a GPU")
+parser.add_argument("--times", type=int, default=1, metavar="N",
+                    help="N times the FLOPs for chains.py and text.py, on a GPU: sqrt(N) times the "
+                    "steps of sqrt(N) times the batch. N is a square; names end in xN")
 given = parser.parse_args()
 if given.jobs < 1:
     parser.error("--jobs needs 1 or more")
-QUICK, JOBS = given.quick, given.jobs
+if given.times < 1 or math.isqrt(given.times) ** 2 != given.times:
+    parser.error("--times needs a square: 1, 4, 9, 16, ..")
+QUICK, JOBS, TIMES, WIDER = given.quick, given.jobs, given.times, math.isqrt(given.times)
 SUFFIX = "" if given.precision == "fp32" else "_" + given.precision
+SUFFIX += f"_x{TIMES}" if TIMES > 1 else ""
 WORK = ("build/experiments_quick" if QUICK else "build/experiments") + SUFFIX
 RESULTS = WORK if QUICK else "dev/results"
 SEEDS = (1,) if QUICK else (1, 2, 3)
@@ -102,11 +111,10 @@ def files_in(folder):
 
 
 STORIES = ("build/stories_train.bin", "build/stories_val.bin", "dev/data/stories.tok")
-TEXT = pick(STORIES, files_in("build/tinystories4096"))  # for a preset
+PRESET_TEXT = pick(STORIES, files_in("build/tinystories4096"))
+TEXT = pick(STORIES, files_in("build/tinystories1024"))
 SMALL = {"layers": 4, "channels": pick(16, 64), "heads": 4, "loop": "1:3", "max-loops": 4,
          "lr": 2e-3, "batch": pick(4, 8)}
-PROBLEMS = {**SMALL, "seq-len": 72}
-PROBLEM_FILES = ("build/problems1_train.bin", "build/problems1_val.bin", "dev/data/arithmetic.tok")
 TASKS = {
     # There are 28,200,960 boards of 6x6. 1 % of the held-out boards are among the 300,000 of
     # training. Their entropy is log(28,200,960) for 36 cells.
@@ -117,18 +125,26 @@ TASKS = {
     "stories": Task(*STORIES, 4096, {**SMALL, "fixed-rows": "", "seq-len": 96}),
     "tinystories": Task(*files_in("build/tinystories512"), 4096, {**SMALL, "seq-len": 64}),
     # A preset. Its options are the ones that recipes.py begins with.
-    "nano": Task(*TEXT, 2048,
+    "nano": Task(*PRESET_TEXT, 2048,
                  {"layers": 6, "heads": 4, "channels": pick(16, 128), "seq-len": 128,
                   "loop": "1:3", "max-loops": 4, "batch": 4, "lr": 2e-3, "warmup": 600}),
-    "problems": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "fixed-rows": ""}),
-    "answers": Task(*PROBLEM_FILES, 4096, {**PROBLEMS, "answers-after": "<|sep|>"}),
     # Problems that need many conclusions, one after the other.
     "rule30": Task("build/rule30_train.bin", "build/rule30_val.bin", "build/rule30_train.tok",
                    1024, {**SMALL, "answers-after": ">", "seq-len": 178, "max-loops": 6,
-                          "batch": pick(4, 16)}, "nats per cell"),
+                          "batch": pick(4, 16 * WIDER)}, "nats per cell"),
+    "problems": Task("build/problems_train.bin", "build/problems_val.bin",
+                     "dev/data/arithmetic.tok", 3000,
+                     {**SMALL, "answers-after": "<|sep|>", "seq-len": 96, "max-loops": 6,
+                      "channels": pick(16, 128), "batch": pick(4, 32 * WIDER)},
+                     "nats per token of the answer"),
     "sudoku9": Task("build/sudoku9_train.bin", "build/sudoku9_val.bin", "build/sudoku9_train.tok",
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
-                           "max-loops": 6, "batch": pick(4, 32)}, "nats per cell"),
+                           "max-loops": 6, "batch": pick(4, 32 * WIDER)}, "nats per cell"),
+    # Text with shapes that gain by depth.
+    "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
+                                "batch": pick(4, 4 * WIDER)}),
+    "text12": Task(*TEXT, 2048, {**SMALL, "layers": 12, "channels": pick(16, 128), "seq-len": 128,
+                                 "batch": pick(4, 4 * WIDER)}),
 }
 
 
@@ -139,7 +155,7 @@ def chosen(*tasks):
     """
     if given.task not in (None, *tasks):
         parser.error(f"--task: this experiment has {', '.join(tasks)}")
-    text = pick(("tinystories",), ("tinystories", "nano"))
+    text = pick(("tinystories",), ("tinystories", "nano", "text4", "text12"))
     ready = [task for task in tasks
              if task not in text or not QUICK and os.path.exists(TASKS[task].data)]
     if given.task and given.task not in ready:
@@ -196,19 +212,18 @@ def loopmdm(*arguments):
     """
     words = [str(word) for word in arguments]
     try:
-        process = subprocess.Popen(["./loopmdm", *words], stdout=subprocess.PIPE,
+        process = subprocess.Popen([given.program, *words], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     except OSError as error:
-        raise Failure(
-            f"cannot run ./loopmdm: {error.strerror}; make experiments builds it") from None
+        raise Failure(f"cannot run {given.program}: {error.strerror}; make builds it") from None
     children.add(process)
     output, said = process.communicate()
     children.discard(process)
     if process.returncode:
         why = (said.decode("latin-1").strip() or "no message").splitlines()[-1]
         raise Failure(
-            f"./loopmdm {' '.join(words)} ended with status {process.returncode}: {why}")
+            f"{given.program} {' '.join(words)} ended with status {process.returncode}: {why}")
     return output.decode("latin-1")
 
 
@@ -279,7 +294,6 @@ class Run:
     budget: float   # FLOP
     seed: int
     changes: tuple  # of (option, value)
-    start: object = None  # the Run whose parameters it starts with
 
     @property
     def options(self):
@@ -287,8 +301,7 @@ class Run:
 
     @property
     def folder(self):
-        words = [os.path.basename(self.start.folder), "then"] if self.start else []
-        words.append(self.task)
+        words = [self.task]
         words += [f"{name}={value}".replace(":", "-") for name, value in self.changes]
         words += [f"{self.budget / TERA:g}T", f"seed={self.seed}"]
         return os.path.join(WORK, "_".join(words))
@@ -323,12 +336,12 @@ class Run:
         return os.path.exists(os.path.join(self.folder, "done"))
 
 
-def run(task, budget, seed=1, start=None, **changes):
+def run(task, budget, seed=1, **changes):
     """Returns a Run. Write options with _ in the place of -."""
     base = TASKS[task].options
     changes = {name.replace("_", "-"): value for name, value in changes.items()}
     different = {name: value for name, value in changes.items() if base.get(name) != value}
-    return Run(task, budget, seed, tuple(sorted(different.items())), start)
+    return Run(task, budget, seed, tuple(sorted(different.items())))
 
 
 @functools.lru_cache(maxsize=None)
@@ -354,8 +367,10 @@ def flops_by_loops(r):
 def mean_flops(r):
     """Returns the FLOP of training on a sequence that is half masked: the mean over p(S)."""
     costs = flops_by_loops(r)
-    cost = [costs[S][1] for S in range(1, r.max_loops + 1)]
-    weights = [1 / c for c in cost] if r.options.get("loop-dist") == "flops" else [1] * len(cost)
+    how = r.options.get("loop-dist")
+    fewest = {"fixed": r.max_loops, "top": (r.max_loops + 1) // 2}.get(how, 1)
+    cost = [costs[S][1] for S in range(fewest, r.max_loops + 1)]
+    weights = [1 / c for c in cost] if how == "flops" else [1] * len(cost)
     return sum(w * c for w, c in zip(weights, cost)) / sum(weights)
 
 
@@ -389,8 +404,6 @@ def train_one(r):
         command += [f"--{name}"] + ([value] if value != "" else [])
     if os.path.exists(os.path.join(r.folder, "state.bin")):
         command.append("--resume")
-    elif r.start:
-        command += ["--init", r.start.folder]
     loopmdm(*command)
     open(os.path.join(r.folder, "done"), "w").close()
 
@@ -554,6 +567,18 @@ def line(ax, i, what, values, style="-"):
                     color=COLORS[i], alpha=0.2, linewidth=0)
 
 
+def points(ax, values):
+    """
+    Draws one below the other what is compared: a point for each seed, and a line at the mean.
+    values: {name: [value of each seed]}.
+    """
+    for i, found in enumerate(values.values()):
+        ax.plot(found, [-i] * len(found), "o", color=COLORS[0])
+        ax.plot([mean(found)] * 2, [-i - 0.25, -i + 0.25], color=COLORS[0], linewidth=2)
+    ax.set_yticks([-i for i in range(len(values))], list(values))
+    ax.grid(axis="y", visible=False)
+
+
 def log_axis(ax, ticks, form="{}", which="x"):
     """Makes an axis logarithmic, with these ticks only."""
     ax.set(**{f"{which}scale": "log"})
@@ -570,9 +595,9 @@ def print_table(title, columns, lines):
     print(flush=True)
 
 
-def of_seeds():
+def of_seeds(seeds=SEEDS):
     """Returns how the titles of tables describe their numbers."""
-    return f"mean (lowest to highest) of {len(SEEDS)} seeds"
+    return f"mean (lowest to highest) of {len(seeds)} seeds"
 
 
 def show_by_steps(name, title, what, runs, results, reference=None):

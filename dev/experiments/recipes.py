@@ -5,7 +5,7 @@ It is trained on TinyStories with 4096 tokens. One or two options differ from th
 search began with: the task's options in common.py. All trainings have the same FLOPs, so a smaller
 batch takes more steps. (The groups nano8 and d6 of starts.py search on a GPU.)
 """
-from common import (COLORS, SEEDS, TASKS, TERA, chosen, each, finish, mean, nelbo, new_figure,
+from common import (SEEDS, TASKS, TERA, chosen, each, finish, nelbo, new_figure, points,
                     print_table, run, save_csv, spread, train)
 
 BUDGET = 24 * TERA  # FLOP
@@ -23,14 +23,9 @@ def name_of(task, changes):
 
 
 def draw(task, results):
-    """Draws the NELBO with S=2: a point for each seed, and a line at the mean."""
+    """Draws the NELBO with S=2."""
     _, (ax,) = new_figure()
-    for i, losses in enumerate(results.values()):
-        ax.plot([nelbos[2] for nelbos in losses], [-i] * len(losses), "o", color=COLORS[0])
-        ax.plot([mean(nelbos[2] for nelbos in losses)] * 2, [-i - 0.25, -i + 0.25],
-                color=COLORS[0], linewidth=2)
-    ax.set_yticks([-i for i in range(len(results))], list(results))
-    ax.grid(axis="y", visible=False)
+    points(ax, {name: [nelbos[2] for nelbos in losses] for name, losses in results.items()})
     finish(ax, f"recipes_{task}", xlabel=f"NELBO with S=2, {TASKS[task].unit}",
            title=f"Recipes of {task}")
 

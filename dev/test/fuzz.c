@@ -517,7 +517,7 @@ static void add_value(int command, const char *name) {
         {"puzzle", "................", "12..34......21..", "....", "1", "x"},
         {"text", "the cat", "<|endoftext|>", "\xff\xfe", " ", "\r\n"},
         {"order", "random", "confidence", "margin", "entropy", "threshold", "x", "random "},
-        {"loop-dist", "uniform", "fixed", "flops", "x"},
+        {"loop-dist", "uniform", "fixed", "top", "flops", "x"},
         {"answers-after", "=", "<|endoftext|>", "x", "\xff", " the"},
         {"loop", "0:0", "0:1", "1:2", "0:2", "2:1", "-1:1", "1", "0:99999999999"}
     };

@@ -184,6 +184,33 @@ def check_learned_signs():
           shard(shard_path).tolist() != sum(([eot, *ids] for ids in want), []))
 
 
+def check_shuffle():
+    """tinystories.py --shuffle: the stories of all files in an order that only the seed decides."""
+    folder = os.path.join(OUT, "shuffle")
+    os.makedirs(folder)
+    files = [os.path.join(folder, name) for name in ("first.txt", "second.txt")]
+    for i, path in enumerate(files):
+        with open(path, "w") as f:
+            f.write(EOT.join(f"story {j}" for j in range(50 * i, 50 * i + 50)))
+    make = [PYTHON, "dev/data/tinystories.py", "--vocab", "260", "--val", "0.2", "--out", folder]
+
+    def stories_with(*options):
+        run(*make, "--input", *files, *options)
+        tokens, eot = gsm.read_tokenizer_bin(os.path.join(folder, "tokenizer.bin"))
+        parts = [shard(os.path.join(folder, part)) for part in ("train.bin", "val.bin")]
+        return [b"".join(tokens[i] if i != eot else b"\0" for i in part).split(b"\0")[1:]
+                for part in parts]
+
+    all_of = [b"story %d" % j for j in range(100)]
+    check("shuffle: without it, the order of the files",
+          stories_with() != [all_of[:80], all_of[80:]])
+    first, again, other = (stories_with("--shuffle", seed) for seed in "112")
+    check("shuffle: each story once", sorted(sum(first, [])) != sorted(all_of))
+    check("shuffle: the held-out stories are of both files",
+          len(first[1]) != 20 or not 3 < sum(all_of.index(story) < 50 for story in first[1]) < 17)
+    check("shuffle: only the seed decides", first != again or first == other)
+
+
 def check_text_files(folder):
     """loopmdm tokenize and tinystories.py make the same tokens of texts from anywhere."""
     stories = ["\ufeffa byte order mark", "Windows\r\nlines\r\n\r\n", "old\rMac\r", "\r\r\n",
@@ -910,7 +937,8 @@ def check_training(data):
     answers = ["--data", problems, "--val-data", problems, "--val-rows", "32", "--batch", "4",
                "--tokenizer", "dev/data/arithmetic.tok", "--model", "d2", "--seq-len", "96",
                "--layers", "3", "--answers-after", SEP, "--warmup", "5"]
-    c, _, _ = check_side_by_side("answers", answers, ["--steps", "20", "--ema", "0.5"])
+    c, _, _ = check_side_by_side("answers", answers, ["--steps", "20", "--ema", "0.5",
+                                                     "--loop-dist", "top"])
     evaluate = ["eval", "--model", c, "--data", problems, "--rows", "32", "--loops", "1,4",
                 "--answers-after", SEP]
     said = [run_loopmdm(*evaluate), run(PYTHON, "train_gpt2style.py", *evaluate)]
@@ -1141,6 +1169,7 @@ def main():
         check_tokenizer(text, "gpt2", "--vocab", "gpt2", "--gpt2-vocab", beside[0],
                         "--gpt2-merges", beside[1])
     check_learned_signs()
+    check_shuffle()
     check_text_files(data)
     check_watch()
     check_closed_terminal()

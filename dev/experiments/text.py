@@ -1,0 +1,103 @@
+"""
+14. Text, again: what could make looping pay there?
+
+TinyStories, with shapes that gain by depth if any does: text4 has 4 layers of 256 channels, text12
+has 12 of 128. The MDM is compared with a deeper model, with a wide one that has the deeper one's
+parameters, and with looped ones. Those differ in the loops that they learn: from 1, as in the
+paper; from half of the most; always the same number; and in the number of looped layers.
+
+All have the same training FLOPs, and each has the best of some learning rates. One more MDM has
+only as many steps as the deeper one. It shows what the models gain at equal steps, and what the
+steps are worth that a dearer model cannot take.
+"""
+import functools
+import re
+
+from common import (SEEDS, TASKS, TERA, TIMES, best_rates, chosen, each, finish, loopmdm, mean,
+                    mean_flops, nelbo, new_figure, of_seeds, pick, points, print_table, run,
+                    save_csv, spread, tokens_of, train)
+
+BUDGETS = {"text4": 150 * TIMES * TERA, "text12": 150 * TIMES * TERA}  # FLOP
+RATES = pick((2e-3,), (1e-3, 2e-3, 4e-3))
+SEEDS = SEEDS[:2]
+LOOPS = (1, 2, 3, 4, 6, 8, 12)
+FEWER, DEEPER = "MDM, the deeper one's steps", "deeper MDM"
+TOP, FIXED = {"loop_dist": "top"}, {"loop_dist": "fixed"}
+MODELS = {
+    "text4": {
+        "MDM": {"loop": "0:0"},
+        DEEPER: {"loop": "0:0", "layers": 7},
+        "wide MDM": {"loop": "0:0", "channels": pick(24, 336)},
+        "two layers, S from 1 to 4": {"max_loops": 4},
+        "two layers, S from 2 to 4": {"max_loops": 4, **TOP},
+        "two layers, S = 3": {"max_loops": 3, **FIXED},
+        "one layer, S from 3 to 6": {"loop": "1:2", "max_loops": 6, **TOP}},
+    "text12": {
+        "MDM": {"loop": "0:0"},
+        DEEPER: {"loop": "0:0", "layers": 15},
+        "wide MDM": {"loop": "0:0", "channels": pick(24, 144)},
+        "two layers, S from 1 to 4": {"max_loops": 4},
+        "two layers, S from 1 to 12": {"max_loops": 12},
+        "two layers, S from 2 to 4": {"max_loops": 4, **TOP},
+        "two layers, S = 3": {"max_loops": 3, **FIXED}}}
+
+
+@functools.lru_cache(maxsize=None)
+def parameters(r):
+    """Returns the number of a model's parameters."""
+    o = r.options
+    words = [word for name in ("layers", "channels", "heads", "seq-len", "loop")
+             for word in (f"--{name}", o[name])]
+    said = loopmdm("info", *words, "--vocab", len(tokens_of(TASKS[r.task].tokenizer)))
+    return int(re.search(r"total +(\d+)", said)[1])
+
+
+def loops_of(r):
+    """Returns the numbers of loops to use a model with."""
+    return [S for S in LOOPS if S <= 2 * r.max_loops] if r.max_loops > 1 else [1]
+
+
+def experiment(task):
+    tuned, best = best_rates(task, BUDGETS[task] / 4, MODELS[task], RATES)
+    print_table(f"{task}: NELBO by highest learning rate, {BUDGETS[task] / 4 / TERA:g} TFLOP",
+                ["model"] + [f"{rate:g}" for rate in RATES],
+                [[name] + [f"{tuned[name, rate]:.4f}" for rate in RATES] for name in MODELS[task]])
+    runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **changes)
+            for name, changes in MODELS[task].items() for seed in SEEDS}
+    share = mean_flops(runs["MDM", 1]) / mean_flops(runs[DEEPER, 1])
+    runs |= {(FEWER, seed): run(task, BUDGETS[task] * share, seed, lr=best["MDM"],
+                                **MODELS[task]["MDM"]) for seed in SEEDS}
+    train(runs.values())
+    losses = each("evaluating", lambda r: nelbo(r, loops_of(r)), runs)
+    save_csv(f"text_{task}", ["model", "seed", "highest_lr", "parameters", "flop", "steps", "loops",
+                              "nelbo"],
+             [[name, seed, r.options["lr"], parameters(r), r.flops(), r.steps, S, loss]
+              for (name, seed), r in runs.items() for S, loss in losses[name, seed].items()])
+
+    table, values = [], {}
+    for name in [*MODELS[task], FEWER]:
+        r = runs[name, 1]
+        by_loops = {S: [losses[name, seed][S] for seed in SEEDS] for S in loops_of(r)}
+        S = min(by_loops, key=lambda S: mean(by_loops[S]))
+        values[name] = by_loops[S]
+        read = r.steps * r.options["batch"] * r.options["seq-len"] / parameters(r)
+        table.append([name, f"{r.options['lr']:g}", r.steps, f"{parameters(r) / 1e6:.2f} M",
+                      f"{read:.2g}", f"S={S}" if len(by_loops) > 1 else "", spread(values[name])])
+    print_table(f"{task}: NELBO, {TASKS[task].unit}, {BUDGETS[task] / TERA:g} TFLOP each but the "
+                f"last, {of_seeds(SEEDS)}", ["model", "highest learning rate", "steps",
+                                             "parameters", "tokens read by parameter",
+                                             "best loops", "NELBO"], table)
+    looped = [name for name, changes in MODELS[task].items() if "max_loops" in changes]
+    print_table(f"{task}: NELBO by loops", ["S", *looped],
+                [[S] + [spread(losses[name, seed][S] for seed in SEEDS)
+                        if S in losses[name, 1] else "" for name in looped] for S in LOOPS])
+    _, (ax,) = new_figure()
+    points(ax, values)
+    finish(ax, f"text_{task}", xlabel=f"NELBO, {TASKS[task].unit}",
+           title=f"TinyStories, {TASKS[task].options['layers']} layers of "
+                 f"{TASKS[task].options['channels']} channels, equal FLOPs")
+
+
+if __name__ == "__main__":
+    for task in chosen("text4", "text12"):
+        experiment(task)
