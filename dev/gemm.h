@@ -332,6 +332,7 @@ static void gemm(int product, int M, int N, int K, const float *a, int lda, cons
     int shared = omp_get_level() == 0 && WORTH((size_t)M * N * K / 16);
 #else
     int shared = 0;
+    (void)shared; // unused if there is no bf16 either
 #endif
 #ifdef TARGET
     if (bf16_kernel) {

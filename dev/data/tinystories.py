@@ -65,8 +65,8 @@ def stories(path):
 
 def stories_of(paths, seed=None):
     """
-    Returns an iterator over the stories of some files, in an order that depends on `seed` only;
-    without it in the files' order, and without holding them in memory. Raises as stories().
+    Returns an iterator over the stories of some files, in an order that depends on them and on
+    `seed`; without it in their own order, and without holding them in memory. Raises as stories().
     """
     in_order = itertools.chain.from_iterable(map(stories, paths))
     if seed is None:

@@ -50,15 +50,18 @@ parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
 parser.add_argument("--program", metavar="FILE", default="./loopmdm",
                     help="a build of loopmdm (default: ./loopmdm); ./loopmdm_cuda for a GPU")
 parser.add_argument("--times", type=int, default=1, metavar="N",
-                    help="N times the FLOPs for chains.py and text.py, on a GPU: sqrt(N) times the "
-                    "steps of sqrt(N) times the batch. N is a square; names end in xN")
+                    help="N times the FLOPs, for a GPU: sqrt(N) times the steps, of sqrt(N) times "
+                    "the batch. N is a square; names end in xN")
 given = parser.parse_args()
 if given.jobs < 1:
     parser.error("--jobs needs 1 or more")
 if given.times < 1 or math.isqrt(given.times) ** 2 != given.times:
     parser.error("--times needs a square: 1, 4, 9, 16, ..")
 QUICK, JOBS, TIMES, WIDER = given.quick, given.jobs, given.times, math.isqrt(given.times)
+if TIMES > 1 and os.path.basename(sys.argv[0]) not in ("chains.py", "stopping.py", "text.py"):
+    parser.error("--times is for chains.py, stopping.py and text.py")
 SUFFIX = "" if given.precision == "fp32" else "_" + given.precision
+SUFFIX += os.path.basename(given.program).removeprefix("loopmdm")  # _cuda
 SUFFIX += f"_x{TIMES}" if TIMES > 1 else ""
 WORK = ("build/experiments_quick" if QUICK else "build/experiments") + SUFFIX
 RESULTS = WORK if QUICK else "dev/results"
@@ -103,6 +106,7 @@ class Task:
     options: dict     # shape, batch, optimizer; a run may change them
     unit: str = "nats per token"
     entropy: float = 0  # of the data in that unit, if known: no NELBO can be lower
+    warmup: float = 0   # share of the steps over which the rate rises; 0: as train does
 
 
 def files_in(folder):
@@ -135,16 +139,17 @@ TASKS = {
     "problems": Task("build/problems_train.bin", "build/problems_val.bin",
                      "dev/data/arithmetic.tok", 3000,
                      {**SMALL, "answers-after": "<|sep|>", "seq-len": 96, "max-loops": 6,
-                      "channels": pick(16, 128), "batch": pick(4, 32 * WIDER)},
-                     "nats per token of the answer"),
+                      "channels": pick(16, 128), "batch": pick(4, 16 * WIDER)},
+                     "nats per token after the question", warmup=0.1),
     "sudoku9": Task("build/sudoku9_train.bin", "build/sudoku9_val.bin", "build/sudoku9_train.tok",
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
-                           "max-loops": 6, "batch": pick(4, 32 * WIDER)}, "nats per cell"),
+                           "max-loops": 6, "batch": pick(4, 16 * WIDER)}, "nats per cell",
+                    warmup=0.1),
     # Text with shapes that gain by depth.
     "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
-                                "batch": pick(4, 4 * WIDER)}),
+                                "batch": pick(4, 4 * WIDER)}, warmup=0.1),
     "text12": Task(*TEXT, 2048, {**SMALL, "layers": 12, "channels": pick(16, 128), "seq-len": 128,
-                                 "batch": pick(4, 4 * WIDER)}),
+                                 "batch": pick(4, 4 * WIDER)}, warmup=0.1),
 }
 
 
@@ -160,7 +165,7 @@ def chosen(*tasks):
              if task not in text or not QUICK and os.path.exists(TASKS[task].data)]
     if given.task and given.task not in ready:
         raise Failure(f"{given.task} needs {TASKS[given.task].data}, which "
-                      "make experiments TINYSTORIES=FILE writes; and tinystories has no --quick")
+                      "make experiments TINYSTORIES=FILES writes (tinystories has no --quick)")
     return [given.task] if given.task else ready
 
 
@@ -203,6 +208,7 @@ def fingerprint(path):
 # The program
 
 children = set()  # processes that run now: they end with the experiment
+ending = False    # no new one may begin
 
 
 def loopmdm(*arguments):
@@ -211,6 +217,8 @@ def loopmdm(*arguments):
     model may write any bytes.
     """
     words = [str(word) for word in arguments]
+    if ending:
+        raise Failure("the experiment is ending")
     try:
         process = subprocess.Popen([given.program, *words], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
@@ -272,6 +280,8 @@ def each(what, function, items, progress=None):
                 if pending:
                     show()
         except BaseException:  # Ctrl-C too: start nothing new; train saves when it is terminated
+            global ending
+            ending = True
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(children):
                 process.terminate()
@@ -310,6 +320,13 @@ class Run:
     def max_loops(self):
         """S_max; an ordinary MDM runs all its layers once."""
         return 1 if self.options["loop"] == "0:0" else self.options["max-loops"]
+
+    @property
+    def training(self):
+        """All options of train that say what is trained, and how."""
+        warmup = TASKS[self.task].warmup
+        return {**self.options, "max-loops": self.max_loops, "seed": self.seed,
+                "steps": self.steps, **({"warmup": round(warmup * self.steps)} if warmup else {})}
 
     @property
     def steps(self):
@@ -380,8 +397,7 @@ def check_identity(r):
     else already, the experiment ends.
     """
     task, note = TASKS[r.task], os.path.join(r.folder, "made_of")
-    options = {**r.options, "max-loops": r.max_loops, "seed": r.seed, "steps": r.steps}
-    made_of = "".join(f"{name} {value}\n" for name, value in sorted(options.items()))
+    made_of = "".join(f"{name} {value}\n" for name, value in sorted(r.training.items()))
     made_of += "".join(f"{path} {fingerprint(path)}\n" for path in (task.data, task.tokenizer))
     os.makedirs(r.folder, exist_ok=True)
     if not os.path.exists(note):
@@ -396,11 +412,11 @@ def train_one(r):
     """Trains a model, or continues its training."""
     task = TASKS[r.task]
     command = ["train", "--data", task.data, "--val-data", task.held_out,
-               "--tokenizer", task.tokenizer, "--out", r.folder, "--steps", r.steps,
-               "--seed", r.seed,
+               "--tokenizer", task.tokenizer, "--out", r.folder,
                "--val-every", pick(r.steps, max(1, r.steps // 10)), "--val-rows", pick(4, 256),
-               "--save-every", 500, "--threads", 1, "--precision", given.precision]
-    for name, value in {**r.options, "max-loops": r.max_loops}.items():
+               "--save-every", max(500, r.steps // 20),
+               "--threads", 1, "--precision", given.precision]
+    for name, value in r.training.items():
         command += [f"--{name}"] + ([value] if value != "" else [])
     if os.path.exists(os.path.join(r.folder, "state.bin")):
         command.append("--resume")
@@ -453,9 +469,9 @@ def numbers(values):
     return ",".join(map(str, values))
 
 
-def loops_of(r):
+def loops_of(r, loops=LOOPS):
     """Returns the numbers of loops to use a model with: up to twice as many as in training."""
-    return [S for S in LOOPS if S <= 2 * r.max_loops] if r.max_loops > 1 else [1]
+    return [S for S in loops if S <= 2 * r.max_loops] if r.max_loops > 1 else [1]
 
 
 def nelbo(r, loops=None, seed=1, data=None, sequences=None):
@@ -474,15 +490,22 @@ def nelbo(r, loops=None, seed=1, data=None, sequences=None):
 
 def best_rates(task, budget, models, rates):
     """
-    Trains models ({name: changes}) with each highest learning rate and the first seed. Returns
-    ({(name, rate): NELBO with the most loops in training, other masks than those of results},
-    {name: the best rate}).
+    Trains models ({name: changes}) with each highest learning rate and the first seed, and prints a
+    table. Returns ({(name, rate): NELBO with the most loops in training, other masks than those of
+    results}, {name: the best rate}).
     """
     runs = {(name, rate): run(task, budget, lr=rate, **changes)
             for name, changes in models.items() for rate in rates}
     train(runs.values())
     tuned = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], runs)
-    return tuned, {name: min(rates, key=lambda rate: tuned[name, rate]) for name in models}
+    print_table(f"{task}: NELBO by highest learning rate, {budget / TERA:g} TFLOP",
+                ["model"] + [f"{rate:g}" for rate in rates],
+                [[name] + [f"{tuned[name, rate]:.4f}" for rate in rates] for name in models])
+    best = {name: min(rates, key=lambda rate: tuned[name, rate]) for name in models}
+    for name, rate in best.items():
+        if len(rates) > 1 and rate in (min(rates), max(rates)):
+            print(f"{name}: the best rate, {rate:g}, is the last that was tried\n")
+    return tuned, best
 
 
 def solved(r, *how):

@@ -109,9 +109,6 @@ def experiment(task):
     save_csv(f"flops_{task}", ["part", "model", "highest_lr", "budget_flop", "flop", "seed",
                                "steps", "loops", "nelbo"], lines)
 
-    print_table(f"{task}: NELBO by highest learning rate, {budgets[0] / TERA:.3g} TFLOP, seed 1",
-                ["model"] + [f"{rate:g}" for rate in RATES],
-                [[name] + [f"{tuned[name, rate]:.4f}" for rate in RATES] for name in MODELS])
     values = {(name, S): {b: [results[name, b, seed][S] for seed in SEEDS] for b in budgets}
               for name, S in LINES}
     headings = [f"{b / TERA:.3g} TFLOP" for b in budgets]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments chains.py and text.py on a GPU: each model has TIMES (16) times the FLOPs that it
+# The experiments chains.py and text.py on a GPU. Each model has TIMES (4) times the FLOPs that it
 # has on a CPU. From the root of the repository:
 #
 #     TINYSTORIES="FILE ..." PUZZLES="FILE ..." bash dev/experiments/gpu.sh [TASK ...]
@@ -8,30 +8,28 @@
 # two need TINYSTORIES. The script needs nvcc, no network, and a PYTHON (python3) that has numpy,
 # matplotlib and tokenizers. JOBS (4) models are trained at a time.
 #
-# After LIMIT seconds (480) it stops. The same command goes on from there, on another machine too if
-# build/experiments_bf16_x16 came along. CSV files and figures go into OUT (dev/results), and tables
-# into gpu_experiments_NAME.txt there, where NAME is the card. Status 1: not all is done.
+# After LIMIT seconds (480) it stops. The same command goes on from there: all models are in
+# build/experiments_bf16_cuda_x4. CSV files and figures go into OUT (dev/results), and tables are
+# added to gpu_experiments_NAME.txt there, where NAME is the card. Status 1: not all is done.
 #
-# PROGRAM=loopmdm_cuda_on_cpu QUICK=1 tries all of it without a GPU.
+# QUICK=1 PROGRAM=loopmdm_cuda_on_cpu OUT=build tries all of it without a GPU.
 set -uo pipefail
-: "${TIMES:=16}" "${JOBS:=4}" "${LIMIT:=480}" "${PYTHON:=python3}" "${OUT:=dev/results}"
-: "${PROGRAM:=loopmdm_cuda}" "${TINYSTORIES:=}" "${PUZZLES:=}"
+: "${TIMES:=4}" "${JOBS:=4}" "${LIMIT:=480}" "${PYTHON:=python3}" "${OUT:=dev/results}"
+: "${PROGRAM:=loopmdm_cuda}" "${TINYSTORIES:=}" "${PUZZLES:=}" "${QUICK:=}"
 log=build/gpu_experiments.log
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 table=$OUT/gpu_experiments_$(echo "${name:-no GPU}" | tr -c 'A-Za-z0-9\n' '_').txt
 mkdir -p "$OUT" build
 say() { echo "$@" | tee -a "$table"; }
-: >"$table"
-say "${name:-no GPU}, TIMES=$TIMES"
 
 tasks=("$@")
-[ $# -gt 0 ] || tasks=(rule30 problems sudoku9 ${TINYSTORIES:+text12 text4})
+[ $# -gt 0 ] || tasks=(rule30 problems sudoku9 ${TINYSTORIES:+text12 text4} ${QUICK:+text12 text4})
 data=(build/stories_{train,val}.bin) # what the tasks need
 for task in "${tasks[@]}"; do
     case $task in
     rule30 | problems) data+=(build/${task}_{train,val}.bin) ;;
     sudoku9) data+=(build/sudoku9_{train,val}.bin build/puzzles9_{46,36,30,26}.bin) ;;
-    text12 | text4) data+=(build/tinystories1024/train.bin) ;;
+    text12 | text4) [ "$QUICK" ] || data+=(build/tinystories1024/train.bin) ;; # else of stories
     *) echo "gpu.sh: no task '$task'" >&2 && exit 2 ;;
     esac
 done
@@ -40,19 +38,27 @@ if ! make -o .venv/ready PYTHON="$PYTHON" -j"$(nproc)" WARNINGS= TINYSTORIES="$T
     tail $log
     exit 1
 fi
-say "prepared in $SECONDS s"
+say "==== ${name:-no GPU}, TIMES=$TIMES; prepared in $SECONDS s"
 
 failed=0
 for task in "${tasks[@]}"; do
     began=$SECONDS
+    if [ "$SECONDS" -ge "$LIMIT" ]; then
+        say "---- $task: no time is left"
+        failed=1
+        continue
+    fi
     case $task in text*) program=text ;; *) program=chains ;; esac
-    timeout $((LIMIT > SECONDS ? LIMIT - SECONDS : 1)) "$PYTHON" dev/experiments/$program.py \
+    # Only Python gets the signal at the end; it asks the trainings to save, and waits for them.
+    timeout --foreground -k 60 $((LIMIT - SECONDS)) "$PYTHON" dev/experiments/$program.py \
         --task "$task" --program "./$PROGRAM" --precision bf16 --times "$TIMES" --jobs "$JOBS" \
         ${QUICK:+--quick} ${PUZZLES:+--puzzles $PUZZLES} >$log 2>&1
     code=$?
     say "---- $task ended with status $code after $((SECONDS - began)) s"
+    [ $code -eq 0 ] || grep '^training\|^evaluating\|^solving' $log | tail -n 1 | tee -a "$table"
     grep -v '^training\|^evaluating\|^solving' $log >>"$table"
     [ $code -eq 0 ] || failed=1
-    [ "$OUT" = dev/results ] || cp dev/results/*_x"$TIMES".* "$OUT" 2>/dev/null
+    [ "$OUT" = dev/results ] ||
+        cp dev/results/{chains,text}_"$task"_*_x"$TIMES".* "$OUT" 2>/dev/null
 done
 exit $failed
