@@ -1,7 +1,7 @@
 """
-How should a model start, how deep should it be, how should the presets be trained? Hundreds of
-small models, each with its own initial parameters and recipe, trained on one H100 or H200 in
-minutes.
+How should a model start, how deep should it be, how should the presets be trained, what could make
+looping pay on text? Hundreds of small models, each with its own initial parameters and recipe,
+trained on one H100 or H200 in minutes.
 
 A group is models of one shape that are trained at the same time. Each tensor holds all of them, and
 its first dimension is the model, so one kernel works for all. All models of a group have the same
@@ -11,6 +11,7 @@ is compared. The model is that of train_gpt2style.py; --check compares losses an
     make build/sudoku_train.bin build/sudoku_val.bin build/stories_train.bin build/stories_val.bin
     .venv/bin/python dev/data/tinystories.py --input FILE --vocab 4096 --out build/text
     for kind in train val; do cp build/text/$kind.bin build/tinystories_$kind.bin; done
+    (the groups text: the same with --vocab 1024, as build/tinystories1024_$kind.bin)
     python dev/experiments/starts.py GROUP ... --compile      trains; adds to dev/results/starts.csv
     python dev/experiments/starts.py --table                  prints what is in there
     python dev/experiments/starts.py --check
@@ -20,13 +21,14 @@ torch.
 """
 import argparse
 import csv
+import functools
 import math
 import os
 import random
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean as mean, mode
 
 import numpy as np
@@ -36,6 +38,16 @@ import torch.nn.functional as F
 SEEDS = (1, 2, 3)
 SHARD_MAGIC = 20240520
 STARTS = ("std", "scaled", "zero", "gains")
+WAYS = {  # of looping
+    "": "S drawn from 1 to max_loops",
+    "top": "S drawn from max_loops / 2 to max_loops",
+    "fixed": "always max_loops",
+    "late": "one loop until half of the steps, then S drawn from 1 to max_loops",
+    "inject": "each loop begins with the state plus a gain times the state before the first loop",
+    "norm": "each loop begins with a LayerNorm",
+    "gain": "a gain of each loop's own multiplies what the loop adds",
+    "every": "the loss is the mean of the losses after each loop",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Recipe:
     bias: float = 1.0      # standard deviation of the biases of q and k
     matrix: float = 0.8    # standard deviation times sqrt(C)
     floor: float = 0.1     # where the learning rate ends, as a share
+    looped: float = 1.0    # share of the learning rate, for the looped layers
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class Group:
     recipes: tuple
     use: tuple = (1,)  # numbers of loops to evaluate with
     rows: int = 1024   # sequences in an evaluation
+    way: str = ""      # of looping, one of WAYS
 
 
 def compare(rates, shares=(), share_rates=()):
@@ -114,6 +128,27 @@ def today(layers, rates, seeds=SEEDS, **changes):
     return tuple(r for lr in rates for r in vary(kinds, [changes], lr, seeds, **TODAY))
 
 
+# What could make looping pay on text? MDMs and looped models of equal training FLOPs.
+LOOPING = dict(task="tinystories1024", V=1024, T=128, fixed=False, heads=4, channels=128, batch=32,
+               rows=1024)
+
+
+def equal_flops(layers, passes, heads=1, flop=400e12):
+    """
+    Returns the steps of LOOPING that take so many FLOP, if a step has on average so many passes
+    through a layer, and so many through the LM head of the masked half of the positions.
+    """
+    C, T = LOOPING["channels"], LOOPING["T"]
+    token = passes * (72 * C * C + 12 * T * C) + heads * 3 * C * LOOPING["V"]
+    return dict(steps=round(flop / (token * LOOPING["batch"] * T)), layers=layers)
+
+
+def looping(way="", passes=15.0, heads=1.0, max_loops=4, looped=1.0):
+    """Returns a group of models with 12 layers, loop 1:3 and a way of looping."""
+    return Group(**LOOPING, **equal_flops(12, passes, heads), loop=(1, 3), max_loops=max_loops,
+                 use=(1, 2, 3, 4, 8), way=way, recipes=today(12, RATES12, looped=looped))
+
+
 GROUPS = {
     "sudoku4": Group(**SUDOKU, layers=4, **MDM, steps=5000, recipes=compare(RATES4)),
     "sudoku4_loop": Group(**SUDOKU, layers=4, **LOOP4, steps=3500,
@@ -144,9 +179,28 @@ GROUPS = {
                 + today(6, (2e-3,), (1, 2), warmup=0.05)),
     "d6_8": Group(**D6, batch=8, steps=6000, recipes=today(6, (1e-3, 2e-3), (1, 2))),
     "d6_32": Group(**D6, batch=32, steps=1500, recipes=today(6, (2e-3, 4e-3), (1, 2))),
+    # Ways of looping. Of "every" a step has 2.5 tails and heads on average.
+    "text": Group(**LOOPING, **equal_flops(12, 12), **MDM, recipes=today(12, RATES12)),
+    "text_deeper": Group(**LOOPING, **equal_flops(15, 15), **MDM, recipes=today(15, RATES12)),
+    "text_loop": looping(),
+    "text_top": looping("top", 16),
+    "text_fixed": looping("fixed", 16, max_loops=3),
+    "text_late": looping("late", 13.5),
+    "text_inject": looping("inject"),
+    "text_norm": looping("norm"),
+    "text_gain": looping("gain"),
+    "text_every": looping("every", 1 + 2.5 * (2 + 9), 2.5),
+    "text_slow": looping(looped=0.5),
+    "text_fast": looping(looped=2.0),
 }
 BLOCK_TENSORS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
                  "fcw", "fcb", "fcprojw", "fcprojb", "attgain", "fcgain")
+
+
+# What a way of looping has of its own: in each loop for each channel.
+WAY_TENSORS = {"inject": lambda g: {"inject": (g.channels,)},
+               "norm": lambda g: {"loopnormw": (g.channels,), "loopnormb": (g.channels,)},
+               "gain": lambda g: {"loopgain": (g.max_loops, g.channels)}}
 
 
 def shapes(g):
@@ -156,7 +210,7 @@ def shapes(g):
             "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
             "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C),
             "fcw": (L, 4 * C, C), "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
-            "attgain": (L, C), "fcgain": (L, C)}
+            **WAY_TENSORS.get(g.way, lambda g: {})(g), "attgain": (L, C), "fcgain": (L, C)}
 
 
 def initial(g, r):
@@ -181,7 +235,8 @@ def initial(g, r):
             x = r.bias * math.sqrt(g.channels) * u
             x[:, 2 * g.channels:] = 0
         else:
-            one = name in ("ln1w", "ln2w", "lnfw") or "gain" in name and r.start != "gains"
+            one = name in ("ln1w", "ln2w", "lnfw", "loopnormw", "loopgain")
+            one = one or name in ("attgain", "fcgain") and r.start != "gains"
             x = torch.full(shape, float(one))
         parts.append(x.reshape(-1))
     return torch.cat(parts)
@@ -270,10 +325,27 @@ class Models:
             found[name] = x.unbind(1) if name in BLOCK_TENSORS else x
         return found
 
-    def losses(self, targets, masked, weights, which, S):
+    def loop(self, h, w, layers, S):
+        """The states (M,B T,C) after each of S loops. h: the one before the first."""
+        g, start = self.g, h
+        for s in range(S):
+            if g.way == "inject":
+                h = h + w["inject"][:, None] * start
+            if g.way == "norm":
+                h = F.layer_norm(h, h.shape[-1:]) * w["loopnormw"][:, None]
+                h = h + w["loopnormb"][:, None]
+            before = h
+            for layer in layers[slice(*g.loop)]:
+                h = self.block(h, layer, self.cosine, self.sine, g.batch, g.heads, self.half)
+            if g.way == "gain":
+                gain = w["loopgain"][:, min(s, g.max_loops - 1)]
+                h = before + gain[:, None] * (h - before)
+            yield h
+
+    def losses(self, targets, masked, weights, which, S, every=False):
         """
         targets, masked, weights (U,B,T): one batch for each seed; which (M): each model's seed.
-        Returns the NELBO estimates (M).
+        Returns the NELBO estimates (M); with `every` their mean over what it is after each loop.
         """
         g, w, N = self.g, self.tensors(), self.g.batch * self.g.T
         targets, masked, weights = (x.reshape(-1, N) for x in (targets, masked, weights))
@@ -282,16 +354,21 @@ class Models:
         h = F.embedding(x + rows, w["wte"].reshape(-1, g.channels))
         h = (h.view(self.M, g.batch, g.T, -1) + w["wpe"][:, None]).view(self.M, N, -1)
         layers = list(zip(*(w[name] for name in BLOCK_TENSORS)))
-        a, b = g.loop
-        for layer in [*range(a)] + [*range(a, b)] * S + [*range(b, g.layers)]:
-            h = self.block(h, layers[layer], self.cosine, self.sine, g.batch, g.heads, self.half)
+        run = lambda h, layer: self.block(h, layer, self.cosine, self.sine, g.batch, g.heads,
+                                          self.half)
+        h = functools.reduce(run, layers[:g.loop[0]], h)
+        states = list(self.loop(h, w, layers, S))[0 if every else -1:]
+        states = [functools.reduce(run, layers[g.loop[1]:], h) for h in states]
 
         # The masked positions come first, then others, whose weight is zero.
         place = torch.argsort(masked.logical_not().int(), dim=1, stable=True)[:, :self.K]
         targets, weights = (x.gather(1, place)[which] for x in (targets, weights))
-        h = h.gather(1, place[which][:, :, None].expand(-1, -1, g.channels))
-        wte = w["wte"].to(self.half)
-        return (weights * self.head(h, w["lnfw"], w["lnfb"], wte, targets, self.half)).sum(1)
+        wte, total = w["wte"].to(self.half), 0
+        for h in states:
+            h = h.gather(1, place[which][:, :, None].expand(-1, -1, g.channels))
+            losses = self.head(h, w["lnfw"], w["lnfb"], wte, targets, self.half)
+            total = total + (weights * losses).sum(1) / len(states)
+        return total
 
     def noise(self, targets, generator):
         """Masks as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
@@ -336,6 +413,10 @@ class Models:
         decay = column("decay") * decays
         branch = torch.cat([torch.full((n,), "proj" in name) for name, n in self.sizes.items()])
         slow = torch.where(branch.to(device), column("share"), 1.0)
+        looped = torch.cat([torch.arange(n) // (n // g.layers) if name in BLOCK_TENSORS
+                            else torch.full((n,), -1) for name, n in self.sizes.items()])
+        looped = (looped >= g.loop[0]) & (looped < g.loop[1])
+        slow = torch.where(looped.to(device), slow * column("looped"), slow)
         fixed = torch.tensor([r.start != "gains" for r in g.recipes], device=device)
         gains = self.sizes["attgain"] * 2  # the last numbers of a model
         m1, m2 = torch.zeros_like(self.p), torch.zeros_like(self.p)
@@ -348,8 +429,12 @@ class Models:
                                   device=device) * stride
             targets = self.tokens[begin + offsets]
             masked, weights = self.noise(targets, generator)
-            S = loops.randint(1, g.max_loops)
-            self.losses(targets, masked, weights, which, S).sum().backward()
+            fewest = {"top": (g.max_loops + 1) // 2, "fixed": g.max_loops}.get(g.way, 1)
+            S = loops.randint(fewest, g.max_loops)
+            if g.way == "late" and step <= steps // 2:
+                S = 1
+            every = g.way == "every"
+            self.losses(targets, masked, weights, which, S, every).sum().backward()
             with torch.no_grad():
                 done = ((step - warmup) / (steps - warmup)).clamp(0, 1)
                 rate = lr * (step / warmup).clamp(max=1)
@@ -452,6 +537,20 @@ def check():
               f"gradients by {worst:.1e}")
         if not abs(loss.item() - losses[i].item()) < 1e-5 or not worst < 1e-5:
             sys.exit("FAIL")
+
+    # At the start some ways of looping change nothing. "every" is the mean of what it should be.
+    def loss_of(way, S, **how):
+        models = Models(replace(g, way=way), "build", torch.device("cpu"), False)
+        return models.losses(targets, masked, weights, which, S, **how).detach()
+
+    plain = {S: loss_of("", S) for S in (1, 2, 3)}
+    for way, want in {"inject": plain[3], "gain": plain[3]}.items():
+        if not (loss_of(way, 3) - want).abs().max() < 1e-5:
+            sys.exit(f"FAIL {way}")
+    if not (loss_of("every", 3, every=True) - sum(plain.values()) / 3).abs().max() < 1e-5:
+        sys.exit("FAIL every")
+    if not (loss_of("norm", 3) - plain[3]).abs().max() > 1e-3:
+        sys.exit("FAIL norm")
 
 
 def main():
