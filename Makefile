@@ -1,11 +1,14 @@
 # make              builds loopmdm, after it has found out what the compiler can do
 # make train        builds, writes stories, trains, evaluates, samples: 2 to 4 minutes on 2 cores
+# make demo         builds, and shows what the trained models of dev/models can do: ten seconds
 # make check        checks the program against the reference files here: needs only cc
 # make test         every check, with PyTorch and Hugging Face tokenizers, installed into .venv
 # make style        figures of how readable loopmdm.c is, and their limits (python3)
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
 #                   that they work. TINYSTORIES=FILES adds real text, PUZZLES=FILES hard Sudoku
 # make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
+# make models       trains the models of dev/models anew: a quarter of an hour with IN=bf16
+# make web          builds the page in dev/demo/web again (clang, lld and wasi-libc)
 # make clean        removes what was built, the trained model too
 #
 # make loopmdm_cuda         builds for this machine's GPU with nvcc. PRECISION=fp32 for checks
@@ -178,6 +181,36 @@ train: loopmdm $(STORIES)
 	./loopmdm sample --model build/run -n 3 --steps 96 --temperature 0.7 --block 8
 	./loopmdm sample --model build/run --fill $(FILL) --temperature 0
 
+# ---- dev/models: trained models, and dev/demo: what they can do ----
+
+HARD = ....8..6...367.4.86..1.3.57..8.5..311........5....29..3.4..7..................142
+demo: loopmdm
+	./loopmdm sample --model dev/models/stories -n 3 --steps 96 --temperature 0.7 --block 8
+	./loopmdm sample --model dev/models/stories --fill $(FILL) --temperature 0 --watch
+	./loopmdm sample --model dev/models/sudoku --puzzle $(HARD) --temperature 0 --steps 4 \
+		--loops 6 --watch --show-loops
+
+# What they were trained with: dev/models/README.md. IN=bf16 is faster where the CPU has it.
+models: train build/sudoku9_train.bin
+	./loopmdm train --data build/sudoku9_train.bin --tokenizer build/sudoku9_train.tok \
+		--out build/sudoku9_run $(SUDOKU) $(if $(IN),--precision $(IN)) \
+		$(if $(wildcard build/sudoku9_run/state.bin),--resume)
+	cp build/run/model.bin build/run/tokenizer.bin dev/models/stories
+	cp build/sudoku9_run/model.bin build/sudoku9_run/tokenizer.bin dev/models/sudoku
+SUDOKU = --fixed-rows --layers 3 --channels 96 --heads 4 --seq-len 81 --loop 1:3 --max-loops 8 \
+	--batch 32 --steps 5000 --lr 2e-3 --warmup 500
+
+# wasm32-wasi is a system with files and no more, and of its files the page has none. clang would
+# keep thread-local variables if bulk-memory was on, and then it needs threads.
+web: dev/demo/web/loopmdm.wasm
+	for model in stories sudoku; do mkdir -p dev/demo/web/models/$$model; \
+		cp dev/models/$$model/model.bin dev/models/$$model/tokenizer.bin \
+			dev/demo/web/models/$$model || exit 1; done
+dev/demo/web/loopmdm.wasm: dev/demo/web/web.c $(PROGRAM)
+	clang --target=wasm32-wasi --sysroot=/usr -mexec-model=reactor -std=c11 -O3 -msimd128 \
+		$(WARNINGS) -Wno-unused-function -D_WASI_EMULATED_MMAN -I. \
+		-Wl,--export=malloc,--export=free,--strip-debug $< -o $@
+
 # ---- checks ----
 
 check: loopmdm build/test_loopmdm
@@ -269,5 +302,5 @@ build/tinystories%/train.bin: $(TINYSTORIES) | .venv/ready
 clean:
 	rm -rf build loopmdm loopmdm_cuda loopmdm_cuda_on_cpu
 
-.PHONY: all train check style test test_cuda test_cuda_on_cpu studies studies_cuda bench \
-	experiments clean FORCE
+.PHONY: all train demo models web check style test test_cuda test_cuda_on_cpu studies \
+	studies_cuda bench experiments clean FORCE

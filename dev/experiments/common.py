@@ -488,19 +488,22 @@ def nelbo(r, loops=None, seed=1, data=None, sequences=None):
     return {int(S): loss for S, _, loss, *_ in table}
 
 
-def best_rates(task, budget, models, rates):
+def best_rates(task, budget, models, rates, seeds=(1,)):
     """
-    Trains models ({name: changes}) with each highest learning rate and the first seed, and prints a
-    table. Returns ({(name, rate): NELBO with the most loops in training, other masks than those of
-    results}, {name: the best rate}).
+    Trains models ({name: changes}) with each highest learning rate and each of some seeds, and
+    prints a table. Returns ({(name, rate): NELBO with the most loops in training, other masks than
+    those of results, mean of the seeds}, {name: the best rate}).
     """
-    runs = {(name, rate): run(task, budget, lr=rate, **changes)
-            for name, changes in models.items() for rate in rates}
+    runs = {(name, rate, seed): run(task, budget, seed, lr=rate, **changes)
+            for name, changes in models.items() for rate in rates for seed in seeds}
     train(runs.values())
-    tuned = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], runs)
-    print_table(f"{task}: NELBO by highest learning rate, {budget / TERA:g} TFLOP",
-                ["model"] + [f"{rate:g}" for rate in rates],
-                [[name] + [f"{tuned[name, rate]:.4f}" for rate in rates] for name in models])
+    found = each("evaluating", lambda r: nelbo(r, [r.max_loops], seed=2)[r.max_loops], runs)
+    tuned = {(name, rate): mean(found[name, rate, seed] for seed in seeds)
+             for name in models for rate in rates}
+    print_table(f"{task}: NELBO by highest learning rate, {budget / TERA:g} TFLOP, "
+                f"{of_seeds(seeds)}", ["model"] + [f"{rate:g}" for rate in rates],
+                [[name] + [spread(found[name, rate, seed] for seed in seeds) for rate in rates]
+                 for name in models])
     best = {name: min(rates, key=lambda rate: tuned[name, rate]) for name in models}
     for name, rate in best.items():
         if len(rates) > 1 and rate in (min(rates), max(rates)):
@@ -620,6 +623,8 @@ def print_table(title, columns, lines):
 
 def of_seeds(seeds=SEEDS):
     """Returns how the titles of tables describe their numbers."""
+    if len(seeds) == 1:
+        return "one seed"
     return f"mean (lowest to highest) of {len(seeds)} seeds"
 
 

@@ -54,7 +54,7 @@ def parameters(r):
 
 
 def experiment(task):
-    _, best = best_rates(task, BUDGETS[task] / 4, MODELS[task], RATES)
+    _, best = best_rates(task, BUDGETS[task] / 4, MODELS[task], RATES, SEEDS)
     runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **changes)
             for name, changes in MODELS[task].items() for seed in SEEDS}
     share = mean_flops(runs["MDM", 1]) / mean_flops(runs[DEEPER, 1])

@@ -352,7 +352,7 @@ def width_limit(path):
 
 def project_files():
     """The text files of the project that people write."""
-    endings = (".c", ".h", ".cu", ".py", ".sh", ".md")
+    endings = (".c", ".h", ".cu", ".py", ".sh", ".md", ".js", ".css", ".html")
     for folder, folders, names in os.walk("."):
         ignored = ("build", "data") if folder == "." else ()  # as in .gitignore
         folders[:] = sorted(d for d in folders if d[0] != "." and d not in ignored)

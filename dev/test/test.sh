@@ -206,6 +206,7 @@ sanitizers="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 export OMP_NUM_THREADS=1 # each part has one core. Checks of several threads set their number
 start python $python dev/test/test_python.py # the longest parts first
 start reference large_reference
+start web $python dev/test/test_web.py
 . dev/test/test_cuda.sh on_cpu
 start sanitizers build_and_run sanitized "$sanitizers"
 start experiments experiments
