@@ -344,7 +344,9 @@ def check_page(driver, screenshot):
                                                         "Kate had")
     check(f"page: stories of {len(SEEDS)} seeds that differ from ./loopmdm's", wrong)
     if screenshot:
-        page.set("story-step", 10)
+        page.set("story-order", "confidence", "change")
+        page.tokens("story-text", write.click)
+        page.set("story-step", 14)
         driver.save_screenshot(screenshot)
     blanks = "return document.querySelectorAll('#story-text .blank').length"
     words = "return [...document.querySelectorAll('#story-text button')].map(e => e.textContent)"
