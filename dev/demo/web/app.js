@@ -24,10 +24,10 @@ act(async () => {
     status('The models are loading.');
     for (const {model} of [story, sudoku]) {
         model.about = await ask(model.name, 'about');
-        model.text = ids => {
-            const bytes = ids.flatMap(id => [...model.about.bytes[id]]);
-            return new TextDecoder().decode(new Uint8Array(bytes));
-        };
+        const {bytes, eot} = model.about;
+        bytes[eot] = new TextEncoder().encode(' (end)'); // more readable than <|endoftext|>
+        model.text = ids => new TextDecoder().decode(
+            new Uint8Array(ids.flatMap(id => [...bytes[id]])));
     }
     await Promise.all([story, sudoku, attention].map(view => view.open()));
     for (const element of document.querySelectorAll('[inert]')) element.inert = false;
