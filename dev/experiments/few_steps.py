@@ -19,8 +19,8 @@ import os
 import re
 from collections import Counter
 
-from common import (TASKS, TERA, WORK, ask, chosen, each, loopmdm, loops_of, mean, nelbo, numbers,
-                    pick, run, show_by_steps, solved, tokens_of, train)
+from common import (TASKS, TERA, WORK, Failure, ask, chosen, each, loopmdm, loops_of, mean, nelbo,
+                    numbers, pick, run, show_by_steps, solved, tokens_of, train)
 from flops import models
 
 BOARD_STEPS = pick((1, 2), (1, 2, 3, 5, 10, 20))
@@ -61,7 +61,10 @@ def write_templates(name, templates):
 
 
 def fill_in(r, path, S, steps):
-    """Returns the texts that a model makes, greedily, of the templates of a file."""
+    """
+    Returns the texts that a model makes, greedily, of the templates of a file, without the
+    end-of-text that each line has.
+    """
     how = ["--loops", S, "--steps", steps, "--temperature", 0]
     asked = open(path).read().splitlines()
     texts = ask(r, "sample", "--fill-file", path, *how).rstrip("\n").split("\n\n")
@@ -69,6 +72,10 @@ def fill_in(r, path, S, steps):
         # An empty line separates two texts, and here a text has one itself: ask one by one.
         texts = [loopmdm("sample", "--model", r.folder, "--fill", template, *how).rstrip("\n")
                  for template in asked]
+    texts = [text.removesuffix("<|endoftext|>") for text in texts]
+    if not any(words_in_blanks(template.removesuffix("<|endoftext|>"), text)
+               for template, text in zip(asked, texts)):
+        raise Failure(f"no text that {r.folder} made fits its template in {path}")
     return texts
 
 
