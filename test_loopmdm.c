@@ -1289,6 +1289,11 @@ static void check_draws_of_loops(void) {
     check("p(S) top", fmax(fabs(top[2] - 1 / 3.0), fabs(top[4] - 1 / 3.0)), 0.015, "20000 steps");
     check("p(S) flops: p(1)/p(4), relative", fabs(by_flops[1] / by_flops[4] / flops - 1), 0.08,
           "20000 steps");
+    int fewest = 7;
+    c.max_loops = 7;
+    for (int step = 0; step < 1000; step++)
+        fewest = min_int(fewest, loops_of_step(c, LOOPS_TOP, step));
+    check("p(S) top: from 4 up if S_max is 7", abs(fewest - 4), 0, "1000 steps");
 }
 
 // The schedule, and what a step does with no gradient: only matrices move, because they decay.

@@ -21,7 +21,6 @@ torch.
 """
 import argparse
 import csv
-import functools
 import math
 import os
 import random
@@ -325,8 +324,15 @@ class Models:
             found[name] = x.unbind(1) if name in BLOCK_TENSORS else x
         return found
 
+    def through(self, h, layers):
+        """h (M,B T,C) through some layers."""
+        g = self.g
+        for layer in layers:
+            h = self.block(h, layer, self.cosine, self.sine, g.batch, g.heads, self.half)
+        return h
+
     def loop(self, h, w, layers, S):
-        """The states (M,B T,C) after each of S loops. h: the one before the first."""
+        """The states (M,B T,C) after each of S loops of layers. h: the one before the first."""
         g, start = self.g, h
         for s in range(S):
             if g.way == "inject":
@@ -334,9 +340,7 @@ class Models:
             if g.way == "norm":
                 h = F.layer_norm(h, h.shape[-1:]) * w["loopnormw"][:, None]
                 h = h + w["loopnormb"][:, None]
-            before = h
-            for layer in layers[slice(*g.loop)]:
-                h = self.block(h, layer, self.cosine, self.sine, g.batch, g.heads, self.half)
+            before, h = h, self.through(h, layers)
             if g.way == "gain":
                 gain = w["loopgain"][:, min(s, g.max_loops - 1)]
                 h = before + gain[:, None] * (h - before)
@@ -354,11 +358,9 @@ class Models:
         h = F.embedding(x + rows, w["wte"].reshape(-1, g.channels))
         h = (h.view(self.M, g.batch, g.T, -1) + w["wpe"][:, None]).view(self.M, N, -1)
         layers = list(zip(*(w[name] for name in BLOCK_TENSORS)))
-        run = lambda h, layer: self.block(h, layer, self.cosine, self.sine, g.batch, g.heads,
-                                          self.half)
-        h = functools.reduce(run, layers[:g.loop[0]], h)
-        states = list(self.loop(h, w, layers, S))[0 if every else -1:]
-        states = [functools.reduce(run, layers[g.loop[1]:], h) for h in states]
+        h = self.through(h, layers[:g.loop[0]])
+        states = list(self.loop(h, w, layers[slice(*g.loop)], S))
+        states = [self.through(h, layers[g.loop[1]:]) for h in states[0 if every else -1:]]
 
         # The masked positions come first, then others, whose weight is zero.
         place = torch.argsort(masked.logical_not().int(), dim=1, stable=True)[:, :self.K]

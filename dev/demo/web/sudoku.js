@@ -193,7 +193,7 @@ export const sudoku = {
         $('sudoku-loops-at').textContent = number('sudoku-loops');
         $('sudoku-loop-at').textContent = loop || 'none';
         $('sudoku-count').textContent = `${wrong} wrong digit${wrong === 1 ? '' : 's'}`
-            + (isOne ? '' : !this.solutions ? '; nobody knows how many solutions there are'
+            + (isOne ? '' : !this.solutions ? '; too many boards to look for solutions'
                 : another ? '; there is more than one solution' : '; there is no solution');
     },
 };
