@@ -7,7 +7,7 @@
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
 #                   that they work. TINYSTORIES=FILES adds real text, PUZZLES=FILES hard Sudoku
 # make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
-# make models       trains the models of dev/models anew: a quarter of an hour with IN=bf16
+# make models       trains the models of dev/models anew: half an hour with IN=bf16
 # make web          builds the page in dev/demo/web again (clang, lld and wasi-libc)
 # make clean        removes what was built, the trained model too
 #
@@ -162,11 +162,13 @@ build/stories build/arithmetic build/sudoku: build/%: dev/data/%.c dev/data/gene
 
 TOKENIZER = dev/data/stories.tok
 STORIES = build/stories_train.bin build/stories_val.bin
-SEED = $(if $(filter train,$*),1,2)
+SEED = $(if $(filter val,$*),2,1)
+STORIES_train = 100000
+STORIES_more = 400000
+STORIES_val = 4200
 
 build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
-	build/stories --seed $(SEED) --count $(if $(filter train,$*),100000,4200) \
-		--output build/stories_$*.txt
+	build/stories --seed $(SEED) --count $(STORIES_$*) --output build/stories_$*.txt
 	./loopmdm tokenize --tokenizer $(TOKENIZER) --rows-of 96 \
 		--input build/stories_$*.txt --output $@
 
@@ -191,12 +193,17 @@ demo: loopmdm
 		--loops 6 --watch --show-loops
 
 # What they were trained with: dev/models/README.md. IN=bf16 is faster where the CPU has it.
-models: train build/sudoku9_train.bin
+models: loopmdm build/stories_more.bin build/sudoku9_train.bin
+	./loopmdm train --data build/stories_more.bin --tokenizer $(TOKENIZER) \
+		--out build/stories_run $(STORY) $(if $(IN),--precision $(IN)) \
+		$(if $(wildcard build/stories_run/state.bin),--resume)
 	./loopmdm train --data build/sudoku9_train.bin --tokenizer build/sudoku9_train.tok \
 		--out build/sudoku9_run $(SUDOKU) $(if $(IN),--precision $(IN)) \
 		$(if $(wildcard build/sudoku9_run/state.bin),--resume)
-	cp build/run/model.bin build/run/tokenizer.bin dev/models/stories
+	cp build/stories_run/model.bin build/stories_run/tokenizer.bin dev/models/stories
 	cp build/sudoku9_run/model.bin build/sudoku9_run/tokenizer.bin dev/models/sudoku
+STORY = --fixed-rows --layers 4 --channels 76 --heads 2 --seq-len 96 --loop 1:3 --max-loops 4 \
+	--batch 16 --steps 24000 --lr 2e-3 --warmup 1000 --noise-warmup 14000
 SUDOKU = --fixed-rows --layers 3 --channels 96 --heads 4 --seq-len 81 --loop 1:3 --max-loops 8 \
 	--batch 32 --steps 5000 --lr 2e-3 --warmup 500
 
@@ -260,7 +267,7 @@ bench: .venv/ready loopmdm build/profile build/profile.so
 # ---- dev/experiments: does looping pay? In order; each goes on where it was interrupted ----
 
 EXPERIMENTS = flops where loops noise_levels few_steps adaptive attention distributions copying \
-	recipes chains stopping text
+	recipes chains stopping text noise_warmup
 EXPERIMENT_DATA = $(STORIES) build/sudoku_train.bin build/sudoku_val.bin build/puzzles10.bin \
 	build/templates.txt build/problems_train.bin build/problems_val.bin \
 	build/rule30_train.bin build/rule30_val.bin build/sudoku9_train.bin build/sudoku9_val.bin \

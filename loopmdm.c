@@ -35,9 +35,9 @@ The sampler, sample():
         keep the best-scored tokens: a share (step+1)/N of the blanks is now filled in;
         the others stay MASK, and the next step draws them anew
 
-Build with make: it adds a fast matrix product (dev/gemm.h), a tokenizer, threads, more commands and
-options (dev/tools.c). Or build this file in an empty folder: cc -O3 loopmdm.c -lm
-Results do not depend on the number of threads, not even in the last bit.
+Build with make: dev/ adds a fast matrix product, a tokenizer, threads, more commands and options.
+Or build this file in an empty folder: cc -O3 loopmdm.c -lm. Results do not depend on the number of
+threads, not even in the last bit.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // mmap, aligned_alloc and more, with any -std
@@ -117,12 +117,9 @@ typedef struct {
     int max_seq_len;  // largest T
     int vocab_size;   // V tokens; MASK has id V
     int padded_vocab; // Vp, the rows of wte: V+1 rounded up to a multiple of 64 (fast kernels)
-    int layers;       // L
-    int heads;        // NH
-    int channels;     // C
-    int loop_start;   // a: the loop is layers a .. b-1; there is none if a = b
-    int loop_end;     // b
-    int max_loops;    // S_max in training; inference may use more
+    int layers, heads, channels; // L, NH, C
+    int loop_start, loop_end;    // a, b: the loop is layers a .. b-1; there is none if a = b
+    int max_loops;               // S_max in training; inference may use more
 } Config;
 
 static int padded(int V) { return V < 65536 ? (V + 64) / 64 * 64 : 0; } // 100 -> 128, 64 -> 128
@@ -288,15 +285,15 @@ static void init_parameters(float *params, Config c, uint64_t seed) {
 }
 
 // What fixes the noise of sequences first, first + 1, ... of a step with `total` sequences.
-typedef struct { uint64_t seed, step; int first, total; } Noise;
+typedef struct { uint64_t seed, step; int first, total; double largest; } Noise; // largest: of t
 
-// The noise level t of sequence first + b: eps + (1 - eps) u, u in [0,1). The u of a step are
+// The noise level t of sequence first + b: eps + (largest - eps) u, u in [0,1). The u of a step are
 // spread evenly, so that the loss varies less (Kingma et al. 2021): of 4, one in each quarter.
 HOST_DEVICE static inline double noise_level(Noise n, int b) {
     const double eps = 1e-3; // the loss divides by t
     double u = random_uniform(n.seed, STREAM_TIME, n.step, 0) + (double)(n.first + b) / n.total;
-    volatile double scaled = (1 - eps) * (u - floor(u)); // volatile: where a machine has a fused
-    return eps + scaled;                                 // multiply-add, it would round differently
+    volatile double scaled = (n.largest - eps) * (u - floor(u)); // volatile: a fused multiply-add
+    return eps + scaled;                                         // would round differently
 }
 
 // Whether position i, counted over all sequences of the step, becomes MASK: with probability t.
@@ -709,8 +706,7 @@ typedef struct {
     void *memory[NUM_MEMORIES];
     size_t bytes[NUM_MEMORIES];
 
-    float *states; // (P+1,B,T,C) the residual stream, h, before each pass and after the last one;
-                   // in inference (B,T,C), which each pass overwrites
+    float *states; // (P+1,B,T,C) h before each pass and after the last one; in inference (B,T,C)
     Acts *acts;    // (P) of each pass; in inference or with recompute only one, for all passes
     float *cosine, *sine; // (T,D/2), (T,D/2)
     float *head_inp, *lnf, *lnf_mean, *lnf_rstd, *logits; // head_rows rows of C, C, 1, 1, V
@@ -761,8 +757,7 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     char *acts_memory;
     size_t num_acts = training && !recompute ? P : 1, acts_bytes = place_acts(&unused, c, BT, NULL);
 
-    size_t half = 4 * (size_t)T * (C / c.heads / 2);
-    size_t grad = training ? 4 * BT * C : 0, kept = training ? 0 : 4 * BT * C; // bytes
+    size_t half = 2 * T * C / c.heads, grad = training ? 4 * BT * C : 0, kept = 4 * BT * C - grad;
     const Piece pieces[] = {
         {&m->sequence_loss, 8 * (size_t)B}, {&m->x, 4 * BT}, {&m->targets, 4 * BT},
         {&m->masked, 4 * BT}, {&m->weights, 4 * BT}, {&m->losses, 4 * BT},
@@ -814,7 +809,7 @@ static int model_noise(Model *m, const int *targets, const int *given, Noise n, 
     m->T = T;
     m->R = 0;
     for (int b = 0; b < B; b++) {
-        // With these weights, sum(weights * cross entropy) estimates the NELBO, in nats per token:
+        // With t up to 1, sum(weights * cross entropy) estimates the NELBO, in nats per token:
         // -log p of filling in token by token, mean over all orders. -log p(data) is at most that.
         double t = noise_level(n, b);
         float weight = (float)(1 / (t * n.total * (T - given[b]))); // context does not count
@@ -945,10 +940,9 @@ static void model_sample(Model *m, int *token, double *score, const int *positio
 
 // The norm of all gradients together.
 static double gradient_norm(const Model *m) {
-    const float *grad = m->grads.data;
     double sum = 0;
     OMP(omp simd reduction(+ : sum))
-    for (size_t i = 0; i < m->grads.total; i++) sum += (double)grad[i] * grad[i];
+    for (size_t i = 0; i < m->grads.total; i++) sum += pow(m->grads.data[i], 2);
     return sqrt(sum);
 }
 
@@ -1069,14 +1063,21 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * done)));
 }
 
-typedef struct { uint64_t seed; int sequences, B; } Batches; // of a step; B divides each share
+// The largest noise level: over the first `warmup` steps it rises from 0.3 to 1. Where little is
+// masked a model learns to copy. With much noise it first learns which kind of word stands where,
+// and the words of a kind become one vector (dev/experiments/README.md, 15).
+static double largest_noise(int warmup, int step) {
+    return step < warmup ? 0.3 + 0.7 * step / warmup : 1;
+}
+
+typedef struct { uint64_t seed; int sequences, B; double largest_noise; } Batches; // of a step
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
 // For several processes (dev/processes.h): these add up what all have, and all get the sum.
 static void (*reduce_gradients)(Model *m, Gradient *g), (*reduce)(double *x, int n);
 
 // Adds the gradient of step number step (from 0) with S loops to m->grads, which are zero. The step
-// takes random sequences of the data, each with its own noise.
+// takes random sequences of the data, each with its own noise, B at a time; B divides each share.
 static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int S) {
     int T = m->config.max_seq_len, B = r.B;
     uint64_t available = (uint64_t)data_sequences(d, T, d->stride);
@@ -1088,7 +1089,7 @@ static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int
     // on its number in the step. So B and processes change only the rounding of sums.
     int share = r.sequences / ranks, end = (rank + 1) * share;
     for (int first = rank * share; first < end; first += B) {
-        Noise noise = {r.seed, (uint64_t)step, first, r.sequences};
+        Noise noise = {r.seed, (uint64_t)step, first, r.sequences, r.largest_noise};
         for (int b = 0; b < B; b++) {
             uint64_t index = random_bits(r.seed, STREAM_BATCH, step, first + b) % available;
             given[b] = data_sequence(d, targets + b * T, (int64_t)index, T, d->stride);
@@ -1112,7 +1113,6 @@ static void fixed_loops(Model *m, Loops loops, int *used) { // used (B): each se
     model_forward(m, loops.S);
     for (int b = 0; b < m->B; b++) used[b] = loops.S;
 }
-
 static void (*forward_loops)(Model *m, Loops loops, int *used) = fixed_loops; // may be replaced
 
 // Evaluation sequence r of n, which are spread over the data; if it has fewer, they begin again.
@@ -1125,7 +1125,7 @@ static int evaluation_sequence(const Data *d, int *tokens, int r, int n, int T) 
 static Noise evaluation_batch(Model *m, const Data *d, int *targets, int *given, int first, int B,
                               int n, uint64_t seed) {
     int T = m->config.max_seq_len;
-    Noise noise = {seed, 0, first, n};
+    Noise noise = {seed, 0, first, n, 1};
     for (int b = 0; b < B; b++)
         given[b] = evaluation_sequence(d, targets + (size_t)b * T, first + b, n, T);
     model_noise(m, targets, given, noise, B, T);
@@ -1222,9 +1222,8 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first,
                 uint64_t index = (uint64_t)(first + b) * T + t;
                 blanks += blank[at];
                 filled += blank[at] && x[at] != mask;
-                if (x[at] != mask) continue;
-                if (chance < 1 && random_uniform(o.draw.seed, STREAM_UNMASK, step, index) >= chance)
-                    continue;
+                double u = random_uniform(o.draw.seed, STREAM_UNMASK, step, index); // u < 1
+                if (x[at] != mask || u >= chance) continue;
                 position[R] = at;
                 place[R++] = n * T + t;
             }
@@ -1281,8 +1280,7 @@ static int *map_file(const char *path, int magic, int version, const char *kind,
     int file = open(path, O_RDONLY | O_NONBLOCK); // if it is a pipe, it does not wait for a writer
     if (file < 0 || fstat(file, &info))
         die(FAILED, "cannot open %s %s: %s", kind, path, strerror(errno));
-    if (!S_ISREG(info.st_mode))
-        die(FAILED, "%s is a folder, device or pipe, not a %s", path, kind);
+    if (!S_ISREG(info.st_mode)) die(FAILED, "%s is a folder, device or pipe, not a %s", path, kind);
     *bytes = (size_t)info.st_size;
     if (*bytes < 4 * HEADER_INTS)
         die(FAILED, "%s is too short for a %s: empty or cut off", path, kind);
@@ -1431,9 +1429,10 @@ static void train(void) {
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     int steps = (int)number("--steps", 2000, 1), B = (int)number("--batch", 16, 1);
     double lr = number("--lr", 2e-3, 0), warmup = number("--warmup", 100, 0);
+    double noise_warmup = number("--noise-warmup", 0, 0);
     const char *out = option("--out", NULL), *path = option("--data", NULL);
     Data data = data_open(&path, 1, c.vocab_size, c.max_seq_len);
-    Batches batches = {(uint64_t)number("--seed", 1, 0), B, B};
+    Batches batches = {(uint64_t)number("--seed", 1, 0), B, B, 1};
     check_options();
 
     Model m;
@@ -1443,6 +1442,7 @@ static void train(void) {
     if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(c.max_loops, batches.seed, step);
+        batches.largest_noise = largest_noise((int)noise_warmup, step);
         Gradient g = train_gradient(&m, &data, batches, step, S);
         AdamW o = {learning_rate(lr, 0.1, (int)warmup, steps, step), 0.9, 0.95, 1e-8, 0.1, 1, 0};
         model_update(&m, o, g.norm, step + 1);

@@ -243,7 +243,7 @@ static void set_batch(Model *m, int step, int first, int B, int total) {
     int T = m->config.max_seq_len, mark = num_kept, *targets = INTS(B * T);
     for (int i = 0; i < B * T; i++)
         targets[i] = (int)(random_bits(7, 0, step, first * T + i) % m->config.vocab_size);
-    Noise noise = {5, (uint64_t)step, first, total};
+    Noise noise = {5, (uint64_t)step, first, total, 1};
     model_noise(m, targets, INTS(B), noise, B, T); // zeros: no sequence has a context
     release(mark);
 }
@@ -373,7 +373,7 @@ static void reference_noise(Reference *r, const char *prefix, const int *given) 
     size_t BT = (size_t)r->B * r->T;
     int *x = INTS(BT);
     float *weights = FLOATS(BT);
-    Noise noise = {(uint64_t)r->seed, 0, 0, r->B};
+    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 1};
     const int *targets = DUMP_INTS(d, BT, "%stargets", prefix);
     model_noise(&r->model, targets, given, noise, r->B, r->T);
     read_memory(x, r->model.x, BT * sizeof(int));
@@ -404,7 +404,7 @@ static void reference_answers(Reference *r) {
 // The levels, and the noise of the batch that all further checks use.
 static void reference_levels(Reference *r) {
     const DumpTensor *levels = find(&r->dump, 3, r->B, "t");
-    Noise noise = {(uint64_t)r->seed, 0, 0, r->B};
+    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 1};
     double worst = 0;
     for (int b = 0; b < r->B; b++)
         worst = worse(worst, fabs(noise_level(noise, b) - dump_double(levels, b)));
@@ -556,7 +556,7 @@ static void reference_training(Reference *r, int average) {
     const float *norm = DUMP_FLOATS(d, 10, "%s_norm", prefix);
     const int *drawn = DUMP_INTS(d, 10, "%s_loops", prefix);
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, average ? 0.4 : 0};
-    Batches batches = {(uint64_t)r->seed, 2 * r->B, r->B};
+    Batches batches = {(uint64_t)r->seed, 2 * r->B, r->B, 1};
     double loss_error = 0, norm_error = 0, drawn_error = 0;
 
     // A model of its own, because the steps change the parameters
@@ -591,6 +591,12 @@ static void reference_training(Reference *r, int average) {
               relative_norm(params, DUMP_FLOATS(d, total, "train2_ema"), total),
               TOLERANCE(1e-4, 1e-2), "%s", d->name);
     }
+
+    // Levels that are spread evenly up to 0.3 have a mean near 0.15.
+    batches.largest_noise = 0.3;
+    double mean_t = train_gradient(&m, &r->data, batches, 0, 1).mean_t;
+    check("mean noise level, up to 0.3", fabs(mean_t - 0.15), 0.15 / batches.sequences + 1e-3,
+          "%s%s", d->name, what);
     model_free(&m);
 }
 
@@ -1256,20 +1262,28 @@ static void check_loops(void) {
 }
 
 // The share of masks follows t. Each t stays in its stratum: of 8, one lies in each eighth.
-static void check_noise(void) {
+static void check_noise_up_to(double largest, const char *what) {
     double masked = 0, expected = 0, outside = 0;
     for (int step = 0; step < 500; step++)
         for (int b = 0; b < 8; b++) {
-            Noise noise = {5, (uint64_t)step, 0, 8};
+            Noise noise = {5, (uint64_t)step, 0, 8, largest};
             double t = noise_level(noise, b);
             int below = 0; // how many levels of this step are lower: the number of its stratum
             for (int i = 0; i < 24; i++) masked += becomes_mask(noise, b * 24 + i, t);
             expected += 24 * t;
             for (int other = 0; other < 8; other++) below += noise_level(noise, other) < t;
-            outside = worse(outside, fabs(t - (below + 0.5) / 8) - 0.5 / 8);
+            outside = worse(outside, fabs(t / largest - (below + 0.5) / 8) - 0.5 / 8);
         }
-    check("share of masked tokens", fabs(masked / expected - 1), 0.01, "500 batches");
-    check("t stays in its stratum", outside, 2e-3, "500 batches"); // eps = 1e-3 shifts the strata
+    check("share of masked tokens", fabs(masked / expected - 1), 0.01, what);
+    check("t stays in its stratum", outside, 2e-3 / largest, what); // eps = 1e-3 shifts the strata
+}
+
+static void check_noise(void) {
+    check_noise_up_to(1, "500 batches");
+    check_noise_up_to(0.3, "500 batches, t up to 0.3");
+    double error = fabs(largest_noise(0, 0) - 1) + fabs(largest_noise(10, 0) - 0.3);
+    error += fabs(largest_noise(10, 5) - 0.65) + fabs(largest_noise(10, 10) - 1);
+    check("largest noise", error, 1e-12, "without a warmup; first step, middle, end");
 }
 
 static void check_draws_of_loops(void) {

@@ -137,18 +137,18 @@ def init_parameters(c, seed):
     params["qkvb"][:, 2 * c.channels:] = 0  # only q and k have positions
     return params
 
-def add_noise(c, targets, seed, step, first, total, given=None):
+def add_noise(c, targets, seed, step, first, total, given=None, largest=1.0):
     """targets (B,T) int64, which are the sequences first, first+1, .. of `total` in a step, -> x, t
-    and weights. In x (B,T) a token is MASK with probability t (B), float64 in (0,1]. weights (B,T)
-    float32 are 1/(t total length) where it is, else 0. They make the loss the NELBO in nats per
-    token (MDLM, arXiv 2406.07524). given (B): that many tokens of a sequence are context. They are
-    never masked, and do not count in its length (LLaDA, arXiv 2502.09992)."""
+    and weights. In x (B,T) a token is MASK with probability t (B), float64 in (0,largest]. weights
+    (B,T) float32 are 1/(t total length) where it is, else 0. With largest=1 they make the loss the
+    NELBO in nats per token (MDLM, arXiv 2406.07524). given (B): that many tokens of a sequence are
+    context. They are never masked, and do not count in its length (LLaDA, arXiv 2502.09992)."""
     B, T = targets.shape
     given = np.zeros(B, np.int64) if given is None else given
 
     # t is stratified (Kingma et al. 2021): a random offset, and the sequences at equal distances.
     u = random_uniform(seed, STREAM_TIME, step, [0]) + (first + np.arange(B)) / total
-    t = 1e-3 + (1 - 1e-3) * (u - np.floor(u))
+    t = 1e-3 + (largest - 1e-3) * (u - np.floor(u))
     index = first * T + np.arange(B * T).reshape(B, T)
     masked = random_uniform(seed, STREAM_MASK, step, index) < t[:, None]
     masked &= np.arange(T) >= given[:, None]
@@ -256,6 +256,10 @@ def learning_rate(lr, floor, warmup, steps, step):
     done = min(1, (step - warmup) / max(1, steps - warmup))
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
+def largest_noise(warmup, step):
+    """The largest noise level: over the first `warmup` steps it rises from 0.3 to 1."""
+    return 0.3 + 0.7 * step / warmup if step < warmup else 1.0
+
 def update(model, optimizer, lr, clip, norm):
     """One step of the optimizer. Clips the gradients, whose norm is given, and clears them."""
     for p in model.parameters():
@@ -278,22 +282,24 @@ def update_average(average, model, decay, step):
 # What a step had: S loops, the mean noise level t, so many masked positions; its loss and norm
 Gradient = namedtuple("Gradient", "S t masked loss norm")
 
-def noisy_loss(model, data, targets, seed, step, first, total, S):
+def noisy_loss(model, data, targets, seed, step, first, total, S, largest=1.0):
     """The loss of targets (B,T) with noise, as add_noise() explains; also t and the weights."""
     given = context_lengths(targets, data.separator)
-    x, t, weights = add_noise(model.config, targets, seed, step, first, total, given)
+    x, t, weights = add_noise(model.config, targets, seed, step, first, total, given, largest)
     tensors = [torch.from_numpy(a).to(model.wte.device) for a in (x, targets, weights)]
     return model.loss(*tensors, S), t, weights
 
 def train_gradient(model, data, o, step):
     """Adds the gradient of a step (from 0) to the parameters' .grad. Returns a Gradient. o has the
-    seed, loop_dist (see draw_loops()), batch (sequences at a time) and accum (so many times)."""
-    total = o.batch * o.accum
+    seed, loop_dist (see draw_loops()), noise_warmup (see largest_noise()), batch (sequences at a
+    time) and accum (so many times)."""
+    total, largest = o.batch * o.accum, largest_noise(o.noise_warmup, step)
     S = draw_loops(model.config, o.loop_dist, o.seed, step)  # one S for all sequences
     mean_t = masked = loss = 0.0
     for first in range(0, total, o.batch):
         targets = data_batch(data, o.seed, step, first, o.batch, model.config.max_seq_len)
-        part, t, weights = noisy_loss(model, data, targets, o.seed, step, first, total, S)
+        part, t, weights = noisy_loss(model, data, targets, o.seed, step, first, total, S,
+                                      largest)
         part.backward()
         mean_t += t.sum() / total
         masked += (weights > 0).sum()
@@ -768,7 +774,7 @@ def main(words=None):
     add([t], whole, vocab=None, layers=None, heads=None, channels=None, seq_len=None,
         max_loops=None, batch=None, steps=None, accum=None, save_every=500, val_every=500,
         val_rows=256)
-    add([t], from_0, warmup=None)
+    add([t], from_0, warmup=None, noise_warmup=0)
     add([t], real, lr=None, weight_decay=0.1)
     add([t], share, floor=0.1)
     add([t], {"type": number(1e-9, math.inf, float)}, clip=1.0)

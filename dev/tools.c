@@ -77,7 +77,7 @@ static int opt_max_loops = -1, opt_steps = -1, opt_batch = -1, opt_accum = -1, o
 static int opt_save_every = 500, opt_val_every = 500, opt_val_rows = 256, opt_rows = 1024;
 static int opt_resume, opt_recompute, opt_fixed_rows, opt_sudoku, opt_exact_match, opt_watch;
 static int opt_show_loops, opt_length = -1, opt_n = 1, opt_top_k, opt_block, opt_rows_of;
-static int opt_eval_batch = 16, opt_buckets = 10, opt_threads;
+static int opt_eval_batch = 16, opt_buckets = 10, opt_threads, opt_noise_warmup;
 static double opt_lr = -1, opt_ema = -1, opt_floor = 0.1, opt_weight_decay = 0.1, opt_clip = 1;
 static double opt_temperature = 1, opt_eval_temperature, opt_top_p = 1, opt_threshold = 0.9;
 static uint64_t opt_seed = 1;
@@ -158,6 +158,8 @@ static const struct {
      "where the learning rate ends, as a share of the highest"},
     {"warmup", TRAIN, INTEGER, &opt_warmup, 0, "N",
      "steps over which the learning rate rises (default: the preset's, at most --steps / 4)"},
+    {"noise-warmup", TRAIN, INTEGER, &opt_noise_warmup, 0, "N",
+     "steps over which the largest noise level rises from 0.3 to 1; text is learned sooner"},
     {"weight-decay", TRAIN, REAL, &opt_weight_decay, 0, "RATE",
      "AdamW's weight decay, on matrices only"},
     {"clip", TRAIN, REAL, &opt_clip, 1e-9, "NORM", "largest norm of the gradient"},
@@ -449,8 +451,10 @@ static void recipe_from_preset(const char *name) {
 }
 
 static void print_recipe(void) {
-    printf("recipe: --steps %d --batch %d --accum %d --lr %.12g --warmup %d --ema %.12g\n",
+    printf("recipe: --steps %d --batch %d --accum %d --lr %.12g --warmup %d --ema %.12g",
            opt_steps, opt_batch, opt_accum, opt_lr, opt_warmup, opt_ema);
+    if (opt_noise_warmup) printf(" --noise-warmup %d", opt_noise_warmup);
+    printf("\n");
 }
 
 // The model of the preset --model, and its recipe, with the options that change them.
@@ -1025,7 +1029,7 @@ static void train_open(Training *t) {
     int T = c.max_seq_len;
     if (fmax((double)opt_batch * opt_accum * ranks, opt_val_rows) * T > INT_MAX / 4)
         die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", T);
-    const Batches batches = {opt_seed, opt_batch * opt_accum * ranks, opt_batch};
+    const Batches batches = {opt_seed, opt_batch * opt_accum * ranks, opt_batch, 1};
     const State start = {
         STATE_MAGIC, STATE_VERSION, c, 0, 0, batches.sequences, opt_seed, 0, opt_ema > 0, 0
     };
@@ -1255,6 +1259,7 @@ static void train_step(Training *t) {
     double tokens = (double)s->sequences * T;
     t->S = loops_of_step(m->config, t->loop_dist, s->step);
     t->lr = learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, s->step);
+    t->batches.largest_noise = largest_noise(opt_noise_warmup, s->step);
 
     Gradient g = train_gradient(m, &t->data, t->batches, s->step, t->S);
     if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(t, s->step + 1, g.loss, g.norm);
@@ -1441,7 +1446,7 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
 // masked (buckets): the masked positions of the sequences that evaluate() takes.
 static void count_masked(const Data *d, int T, double *masked) {
     int *tokens = (int *)allocate(T, sizeof(int), "a sequence");
-    Noise noise = {opt_seed, 0, 0, opt_rows}; // that of evaluation_batch()
+    Noise noise = {opt_seed, 0, 0, opt_rows, 1}; // that of evaluation_batch()
     for (int r = 0; r < opt_rows; r++) {
         double t = noise_level(noise, r);
         int i = evaluation_sequence(d, tokens, r, opt_rows, T);
@@ -1454,7 +1459,7 @@ static void count_masked(const Data *d, int T, double *masked) {
 static void sum_by_t(Model *m, const Data *d, Loops loops, double *sums) {
     int T = m->config.max_seq_len, *tokens = (int *)allocate(T, sizeof(int), "a sequence");
     double *nelbo = (double *)allocate(opt_rows, sizeof(double), "the sequences");
-    Noise noise = {opt_seed, 0, 0, opt_rows};
+    Noise noise = {opt_seed, 0, 0, opt_rows, 1};
     evaluate(m, d, loops, opt_rows, m->max_B, opt_seed, nelbo);
     for (int r = 0; r < opt_rows; r++) {
         double t = noise_level(noise, r);

@@ -17,11 +17,12 @@ import sys
 import matplotlib
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-# The puzzle of the main README. Another model may not solve it loop after loop: see find_puzzle.
-PUZZLE = ".2...6 .6.2.. ...3.1 5..... ..1... ....32"
-SIDE, BOX_ROWS, BOX_COLUMNS = 6, 2, 3
+# A puzzle that the model solves loop after loop. Another model may not: see find_puzzle.
+PUZZLE = ("6...3..81 .1..8.362 8321.7594 72439.61. .8..26.3. "
+          "3.641..2. 5..9.2.78 .7..519.. .4...325.")
+SIDE, BOX_ROWS, BOX_COLUMNS = 9, 3, 3
 MOST_PUZZLES = 300
-LOOPS = 6
+LOOPS = 8
 STORY_STEPS = 48
 MASK = "__"
 
@@ -30,7 +31,7 @@ MASK = "__"
 SCALE = 2
 WIDTH, HEIGHT = 900, 360
 STORY_LEFT, STORY_TOP, STORY_WIDTH, LINE = 32, 106, 462, 30
-BOARD_LEFT, BOARD_TOP, CELL = 526, 94, 36
+BOARD_LEFT, BOARD_TOP, CELL = 526, 94, 24
 BOARD_WIDTH = SIDE * CELL
 SPARE_WIDTH = 26  # of a mask that turns into the end of the text
 COUNTS_LEFT, COUNTS_RIGHT = BOARD_LEFT + BOARD_WIDTH + 16, 878
@@ -126,9 +127,9 @@ def write_story(program, model, seed):
 
 def is_solution(board):
     """Does each digit stand once in each row, column and box?"""
-    digits = set("123456")
+    digits = set("123456789")
     for i in range(SIDE):
-        # Box i begins here: boxes 0 and 1 stand beside each other, 2 and 3 below them.
+        # Box i begins here: boxes 0, 1 and 2 stand beside each other.
         top = i // (SIDE // BOX_COLUMNS) * BOX_ROWS
         left = i % (SIDE // BOX_COLUMNS) * BOX_COLUMNS
         row = [board[i * SIDE + k] for k in range(SIDE)]
@@ -145,7 +146,7 @@ def solve(program, model, puzzle):
                 "--temperature", "0", "--loops", str(LOOPS), "--watch", "--show-loops")
     boards = []
     for line in lines:
-        loop = re.fullmatch(r" *0, loop +\d+ \| ([1-6 ]+)", line)
+        loop = re.fullmatch(r" *0, loop +\d+ \| ([1-9 ]+)", line)
         if loop:
             boards.append(loop.group(1).replace(" ", ""))
     if len(boards) != LOOPS:
@@ -165,35 +166,36 @@ def read_puzzles(path):
         with open(path, "rb") as file:
             data = file.read()[1024:]
     except OSError as error:
-        fail(f"{path}: {error.strerror}; the README's section Sudoku makes it, or use --puzzles")
+        fail(f"{path}: {error.strerror}; make build/puzzles9_46.bin, or use --puzzles")
     cells = struct.unpack(f"<{len(data) // 2}H", data)
     size = SIDE * SIDE
+    if not cells or len(cells) % (2 * size) or max(cells) > SIDE:
+        fail(f"{path} has no 9x9 puzzles with solutions")
     # Each puzzle is followed by its solution.
     starts = range(0, len(cells), 2 * size)
-    return ["".join(".123456"[c] for c in cells[start:start + size]) for start in starts]
+    return ["".join(".123456789"[c] for c in cells[start:start + size]) for start in starts]
 
 
 def corrects(wrong):
-    """Do the wrong digits after each loop never rise, and are there none after loop 5?"""
-    return wrong == sorted(wrong, reverse=True) and wrong[4] == 0
+    """Do the wrong digits never rise, and are there none after the last loop but one?"""
+    return wrong == sorted(wrong, reverse=True) and wrong[-2] == 0
 
 
 def find_puzzle(program, model, path):
-    """The README's puzzle if its wrong digits fall from five after loop 1 to none after loop 5.
+    """PUZZLE, if the wrong digits fall to none, loop after loop.
 
-    With another model it may not: then a puzzle whose wrong digits fall as often as possible.
+    With another model they may not: then a puzzle whose wrong digits fall as often as possible.
     """
     solved = solve(program, model, PUZZLE)
-    if solved and corrects(solved[1]) and solved[1][0] == 5:
+    if solved and corrects(solved[1]) and solved[1][0] > 0:
         return PUZZLE.replace(" ", ""), *solved
-    print("this model does not correct five digits of the README's puzzle: looking for another")
+    print("this model does not correct the picture's puzzle loop after loop: looking for another")
     best = None
     for puzzle in read_puzzles(path)[:MOST_PUZZLES]:
         solved = solve(program, model, puzzle)
         if not solved or not corrects(solved[1]):
             continue
-        # 5, 4, 2, 1, 0, 0 has five different numbers. Of equal ones, about five at first is best.
-        score = len(set(solved[1])), -abs(solved[1][0] - 5)
+        score = len(set(solved[1])), solved[1][0]
         if best is None or score > best[0]:
             best = score, puzzle, *solved
     if best is None:
@@ -234,8 +236,8 @@ HEADING = font("DejaVuSans-Bold", 16)
 CAPTION = font("DejaVuSans", 13)
 CAPTION_BOLD = font("DejaVuSans-Bold", 13)
 STORY = font("DejaVuSerif", 17.5)
-GIVEN = font("DejaVuSans-Bold", 19)
-FILLED = font("DejaVuSans", 19)
+GIVEN = font("DejaVuSans-Bold", 14)
+FILLED = font("DejaVuSans", 14)
 
 
 def lay_out(tokens, spare):
@@ -295,7 +297,7 @@ def draw_story(picture, tokens, places, state, before, step):
 
 
 def draw_progress(picture, x, name, done, total):
-    """A bar and, beside it, its meaning: "loop 3 of 6"."""
+    """A bar and, beside it, its meaning: "loop 3 of 8"."""
     width = 120
     top, bottom = FOOTER - 7, FOOTER - 3
     picture.box(x, top, x + width, bottom, GREY)
@@ -314,12 +316,12 @@ def draw_board(picture, puzzle, boards, wrong, loop, is_new):
     for i in range(SIDE * SIDE):
         x = BOARD_LEFT + i % SIDE * CELL
         y = BOARD_TOP + i // SIDE * CELL
-        middle = x + CELL / 2, y + CELL / 2 + 7
+        middle = x + CELL / 2, y + CELL / 2 + 5
         if puzzle[i] != ".":
             picture.text(*middle, puzzle[i], GIVEN, INK, "ms")
         elif loop == 0:
             # A blank is a mask, and looks like those of the story.
-            picture.box(x + 9, y + 9, x + CELL - 9, y + CELL - 9, GREY, 3)
+            picture.box(x + 5, y + 5, x + CELL - 5, y + CELL - 5, GREY, 2)
         else:
             digit = boards[loop - 1][i]
             is_wrong = digit != solution[i]
@@ -367,7 +369,7 @@ def draw_frames(story, sudoku):
     for i, state in enumerate(states):
         step = min(i, STORY_STEPS)
         before = states[max(i - HIGHLIGHTED, 0)][0]
-        # The loops share the time of the story: with 48 steps one begins with every eighth.
+        # The loops share the time of the story: with 48 steps one begins with every sixth.
         loop = math.ceil(step * LOOPS / STORY_STEPS)
         loop_before = math.ceil(max(i - HIGHLIGHTED, 0) * LOOPS / STORY_STEPS)
         picture = Picture()
@@ -406,14 +408,13 @@ def main():
     parser = argparse.ArgumentParser(
         description="Makes the moving picture of README.md from the output of loopmdm.")
     parser.add_argument("--program", default="./loopmdm", help="default: %(default)s")
-    parser.add_argument("--stories", default="build/run", metavar="FOLDER",
-                        help="model of stories, from make train (default: %(default)s)")
-    parser.add_argument("--sudoku", default="build/sudoku_run", metavar="FOLDER",
-                        help="model of boards, from the README's section Sudoku "
-                             "(default: %(default)s)")
-    parser.add_argument("--puzzles", default="build/puzzles.bin", metavar="FILE",
+    parser.add_argument("--stories", default="dev/models/stories", metavar="FOLDER",
+                        help="model of stories (default: %(default)s)")
+    parser.add_argument("--sudoku", default="dev/models/sudoku", metavar="FOLDER",
+                        help="model of 9x9 boards (default: %(default)s)")
+    parser.add_argument("--puzzles", default="build/puzzles9_46.bin", metavar="FILE",
                         help="where another puzzle is looked for, if this model does not solve the "
-                             "README's as the README says (default: %(default)s)")
+                             "picture's puzzle loop after loop (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the story (default: 1)")
     parser.add_argument("--out", default="dev/demo/demo.gif", metavar="FILE",
                         help="default: %(default)s")

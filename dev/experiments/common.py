@@ -44,6 +44,8 @@ parser.add_argument("--task",
                     help="only this task, if an experiment has several")
 parser.add_argument("--puzzles", metavar="FILE", nargs="+", default=[],
                     help="9x9 Sudoku for chains.py: a puzzle, a comma and its solution a line")
+parser.add_argument("--model", metavar="FOLDER",
+                    help="for copying.py: only test this model of stories")
 parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                     help="of the program's matrix products (default: fp32); models and results "
                     "of bf16 have names of their own")
@@ -103,7 +105,8 @@ class Task:
     held_out: str     # shard to evaluate on
     tokenizer: str
     sequences: int    # in an evaluation; a short shard is read again, with other masks
-    options: dict     # shape, batch, optimizer; a run may change them
+    options: dict     # shape, batch, optimizer; a run may change them. noise-share is
+                      # noise-warmup as a share of the steps
     unit: str = "nats per token"
     entropy: float = 0  # of the data in that unit, if known: no NELBO can be lower
     warmup: float = 0   # share of the steps over which the rate rises; 0: as train does
@@ -145,11 +148,11 @@ TASKS = {
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
                            "max-loops": 6, "batch": pick(4, 16 * WIDER)}, "nats per cell",
                     warmup=0.1),
-    # Text with shapes that gain by depth.
+    # Text with shapes that gain by depth. It begins with little noise, see noise_warmup.py.
     "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
-                                "batch": pick(4, 4 * WIDER)}, warmup=0.1),
+                                "batch": pick(4, 4 * WIDER), "noise-share": 0.5}, warmup=0.1),
     "text12": Task(*TEXT, 2048, {**SMALL, "layers": 12, "channels": pick(16, 128), "seq-len": 128,
-                                 "batch": pick(4, 4 * WIDER)}, warmup=0.1),
+                                 "batch": pick(4, 4 * WIDER), "noise-share": 0.5}, warmup=0.1),
 }
 
 
@@ -324,9 +327,11 @@ class Run:
     @property
     def training(self):
         """All options of train that say what is trained, and how."""
-        warmup = TASKS[self.task].warmup
-        return {**self.options, "max-loops": self.max_loops, "seed": self.seed,
-                "steps": self.steps, **({"warmup": round(warmup * self.steps)} if warmup else {})}
+        shares = {"warmup": TASKS[self.task].warmup,
+                  "noise-warmup": self.options.get("noise-share")}
+        options = {name: value for name, value in self.options.items() if name != "noise-share"}
+        return {**options, "max-loops": self.max_loops, "seed": self.seed, "steps": self.steps,
+                **{name: round(share * self.steps) for name, share in shares.items() if share}}
 
     @property
     def steps(self):

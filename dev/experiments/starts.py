@@ -85,6 +85,7 @@ class Group:
     use: tuple = (1,)  # numbers of loops to evaluate with
     rows: int = 1024   # sequences in an evaluation
     way: str = ""      # of looping, one of WAYS
+    noise: float = 0   # share of the steps in which the largest noise level rises from 0.3 to 1
 
 
 def compare(rates, shares=(), share_rates=()):
@@ -129,7 +130,7 @@ def today(layers, rates, seeds=SEEDS, **changes):
 
 # What could make looping pay on text? MDMs and looped models of equal training FLOPs.
 LOOPING = dict(task="tinystories1024", V=1024, T=128, fixed=False, heads=4, channels=128, batch=32,
-               rows=1024)
+               rows=1024, noise=0.5)
 
 
 def equal_flops(layers, passes, heads=1, flop=400e12):
@@ -180,6 +181,8 @@ GROUPS = {
     "d6_32": Group(**D6, batch=32, steps=1500, recipes=today(6, (2e-3, 4e-3), (1, 2))),
     # Ways of looping. Of "every" a step has 2.5 tails and heads on average.
     "text": Group(**LOOPING, **equal_flops(12, 12), **MDM, recipes=today(12, RATES12)),
+    "text_plain": Group(**{**LOOPING, "noise": 0}, **equal_flops(12, 12), **MDM,
+                        recipes=today(12, RATES12)),
     "text_deeper": Group(**LOOPING, **equal_flops(15, 15), **MDM, recipes=today(15, RATES12)),
     "text_loop": looping(),
     "text_top": looping("top", 16),
@@ -372,11 +375,11 @@ class Models:
             total = total + (weights * losses).sum(1) / len(states)
         return total
 
-    def noise(self, targets, generator):
+    def noise(self, targets, generator, most=1.0):
         """Masks as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
         U, B, T = targets.shape
         u = torch.rand(U, 1, generator=generator, device=self.device)
-        t = 1e-3 + (1 - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
+        t = 1e-3 + (most - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
         u = torch.rand(U, B, T, generator=generator, device=self.device)
         masked = u < t[:, :, None]
         return masked, masked / (t[:, :, None] * B * T)
@@ -430,7 +433,9 @@ class Models:
             begin = torch.randint(count, (len(seeds), g.batch, 1), generator=generator,
                                   device=device) * stride
             targets = self.tokens[begin + offsets]
-            masked, weights = self.noise(targets, generator)
+            rising = g.noise * steps > step - 1
+            most = 0.3 + 0.7 * (step - 1) / (g.noise * steps) if rising else 1.0
+            masked, weights = self.noise(targets, generator, most)
             fewest = {"top": (g.max_loops + 1) // 2, "fixed": g.max_loops}.get(g.way, 1)
             S = loops.randint(fewest, g.max_loops)
             if g.way == "late" and step <= steps // 2:

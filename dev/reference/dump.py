@@ -276,7 +276,8 @@ def dump_training(out, model, data, seed, B):
     """Adds ten steps of the optimizer, and the average of the parameters over them."""
     optimizer = R.make_optimizer(model, 1e-3, 0.1)
     average = [p.detach().clone() for p in model.parameters()]
-    o, steps = SimpleNamespace(seed=seed, batch=B, accum=2, loop_dist="uniform"), []
+    o = SimpleNamespace(seed=seed, batch=B, accum=2, loop_dist="uniform", noise_warmup=0)
+    steps = []
     model.zero_grad()
     for step in range(10):
         steps.append(R.train_gradient(model, data, o, step))

@@ -30,7 +30,7 @@ mpicxx -x c++ -std=c++17 -O1 $options -DMPI=1 -DBF16=0 \
 check "loopmdm.cu for the CPU is built with mpicxx" $?
 
 recipe="--data build/stories_train.bin --tokenizer dev/data/stories.tok --model d2 --layers 3
-    --loop 1:2 --ema 0.9 --warmup 20"
+    --loop 1:2 --ema 0.9 --warmup 20 --noise-warmup 60"
 validates="--val-data build/stories_val.bin --val-rows 37"
 
 wait_until() { # COMMAND: a minute at most

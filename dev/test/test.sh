@@ -106,7 +106,8 @@ END
         $CC -x $language -O3 $warnings loopmdm.c -o loopmdm -lm
         check "$language: compiles without a warning" $?
         rm -rf run
-        ./loopmdm train --data tokens.bin --vocab 10 --model d2 --batch 4 --steps 200 --out run |
+        ./loopmdm train --data tokens.bin --vocab 10 --model d2 --batch 4 --steps 200 \
+            --noise-warmup 100 --out run |
             tail -n 1 | grep -q '^step 200/200 '
         check "$language: trains d2" $?
         said=$(./loopmdm eval --model run --data tokens.bin --rows 64 --loops 4)

@@ -25,7 +25,8 @@ differs() {
 beside_the_cpu_program() {
     local ok=0 bad=0 precision program tolerance largest different S want got
     local recipe="--val-data build/stories_val.bin --val-rows 16 --tokenizer dev/data/stories.tok
-        --model d2 --layers 3 --loop 1:2 --batch 4 --warmup 5 --lr 3e-3 --steps 20"
+        --model d2 --layers 3 --loop 1:2 --batch 4 --warmup 5 --noise-warmup 12 --lr 3e-3
+        --steps 20"
     local options="--data build/stories_train.bin $recipe"
     ./loopmdm train $options --out "$work/cpu" >/dev/null
     check "the CPU program trains" $?

@@ -748,7 +748,7 @@ def check_checkpoints(model):
     """Each program writes the same files, and resumes from those that the other one wrote."""
     for what, options in (("", []), (", average", ["--ema", "0.9"])):
         c, p = new_folder("c", "pytorch")
-        train = ["train", *model, *options, "--warmup", "3", "--steps"]
+        train = ["train", *model, *options, "--warmup", "3", "--noise-warmup", "8", "--steps"]
         run_loopmdm(*train, "5", "--out", c)
         os.makedirs(p)
         reference.checkpoint_save(p, reference.checkpoint_load(c))
@@ -929,7 +929,8 @@ def check_training(data):
 
     # What else training can do. Then models learn from sequences with a context.
     check_side_by_side("average, flops", model, ["--ema", "0.9", "--loop-dist", "flops",
-                                                 "--accum", "2", "--steps", "20", "--warmup", "5"])
+                                                 "--accum", "2", "--steps", "20", "--warmup", "5",
+                                                 "--noise-warmup", "12"])
     states = [check_model_file(f"average, flops, {name}", os.path.join(OUT, name))
               for name in ("c", "pytorch")]
     check("average, flops: the average, relative", relative(states[0][3], states[1][3]), 1e-4)
