@@ -1222,7 +1222,7 @@ static void sample(Model *m, int *x, int B, int T, SampleOptions o, int first,
                 uint64_t index = (uint64_t)(first + b) * T + t;
                 blanks += blank[at];
                 filled += blank[at] && x[at] != mask;
-                double u = random_uniform(o.draw.seed, STREAM_UNMASK, step, index); // u < 1
+                double u = random_uniform(o.draw.seed, STREAM_UNMASK, step, index); // below 1
                 if (x[at] != mask || u >= chance) continue;
                 position[R] = at;
                 place[R++] = n * T + t;

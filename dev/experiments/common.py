@@ -105,11 +105,10 @@ class Task:
     held_out: str     # shard to evaluate on
     tokenizer: str
     sequences: int    # in an evaluation; a short shard is read again, with other masks
-    options: dict     # shape, batch, optimizer; a run may change them. noise-share is
-                      # noise-warmup as a share of the steps
+    options: dict     # shape, batch, optimizer; a run may change them. NAME-share is the option
+                      # NAME as a share of the steps
     unit: str = "nats per token"
     entropy: float = 0  # of the data in that unit, if known: no NELBO can be lower
-    warmup: float = 0   # share of the steps over which the rate rises; 0: as train does
 
 
 def files_in(folder):
@@ -142,17 +141,19 @@ TASKS = {
     "problems": Task("build/problems_train.bin", "build/problems_val.bin",
                      "dev/data/arithmetic.tok", 3000,
                      {**SMALL, "answers-after": "<|sep|>", "seq-len": 96, "max-loops": 6,
-                      "channels": pick(16, 128), "batch": pick(4, 16 * WIDER)},
-                     "nats per token after the question", warmup=0.1),
+                      "channels": pick(16, 128), "batch": pick(4, 16 * WIDER),
+                      "warmup-share": 0.1}, "nats per token after the question"),
     "sudoku9": Task("build/sudoku9_train.bin", "build/sudoku9_val.bin", "build/sudoku9_train.tok",
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
-                           "max-loops": 6, "batch": pick(4, 16 * WIDER)}, "nats per cell",
-                    warmup=0.1),
+                           "max-loops": 6, "batch": pick(4, 16 * WIDER),
+                           "warmup-share": 0.1}, "nats per cell"),
     # Text with shapes that gain by depth. It begins with little noise, see noise_warmup.py.
     "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
-                                "batch": pick(4, 4 * WIDER), "noise-share": 0.5}, warmup=0.1),
+                                "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
+                                "noise-warmup-share": 0.5}),
     "text12": Task(*TEXT, 2048, {**SMALL, "layers": 12, "channels": pick(16, 128), "seq-len": 128,
-                                 "batch": pick(4, 4 * WIDER), "noise-share": 0.5}, warmup=0.1),
+                                 "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
+                                 "noise-warmup-share": 0.5}),
 }
 
 
@@ -327,11 +328,10 @@ class Run:
     @property
     def training(self):
         """All options of train that say what is trained, and how."""
-        shares = {"warmup": TASKS[self.task].warmup,
-                  "noise-warmup": self.options.get("noise-share")}
-        options = {name: value for name, value in self.options.items() if name != "noise-share"}
-        return {**options, "max-loops": self.max_loops, "seed": self.seed, "steps": self.steps,
-                **{name: round(share * self.steps) for name, share in shares.items() if share}}
+        options = {name.removesuffix("-share"):
+                   round(value * self.steps) if name.endswith("-share") else value
+                   for name, value in self.options.items()}
+        return {**options, "max-loops": self.max_loops, "seed": self.seed, "steps": self.steps}
 
     @property
     def steps(self):

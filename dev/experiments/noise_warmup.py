@@ -41,7 +41,7 @@ def own_part(r):
 def experiment(task):
     seeds, shares, models = SEEDS[task], SHARES[task], MODELS[task]
     runs = {(model, share, seed): run(task, BUDGET, seed, **models[model],
-                                      **({"noise_share": share} if share else {}))
+                                      **({"noise_warmup_share": share} if share else {}))
             for model in models for share in shares for seed in seeds}
     train(runs.values())
     loops = {r: LOOPS[model] for (model, _, _), r in runs.items()}

@@ -34,6 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+import train_gpt2style as reference  # noqa: E402
+
 SEEDS = (1, 2, 3)
 SHARD_MAGIC = 20240520
 STARTS = ("std", "scaled", "zero", "gains")
@@ -375,11 +378,11 @@ class Models:
             total = total + (weights * losses).sum(1) / len(states)
         return total
 
-    def noise(self, targets, generator, most=1.0):
+    def noise(self, targets, generator, largest=1.0):
         """Masks as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
         U, B, T = targets.shape
         u = torch.rand(U, 1, generator=generator, device=self.device)
-        t = 1e-3 + (most - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
+        t = 1e-3 + (largest - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
         u = torch.rand(U, B, T, generator=generator, device=self.device)
         masked = u < t[:, :, None]
         return masked, masked / (t[:, :, None] * B * T)
@@ -433,9 +436,8 @@ class Models:
             begin = torch.randint(count, (len(seeds), g.batch, 1), generator=generator,
                                   device=device) * stride
             targets = self.tokens[begin + offsets]
-            rising = g.noise * steps > step - 1
-            most = 0.3 + 0.7 * (step - 1) / (g.noise * steps) if rising else 1.0
-            masked, weights = self.noise(targets, generator, most)
+            largest = reference.largest_noise(g.noise * steps, step - 1)
+            masked, weights = self.noise(targets, generator, largest)
             fewest = {"top": (g.max_loops + 1) // 2, "fixed": g.max_loops}.get(g.way, 1)
             S = loops.randint(fewest, g.max_loops)
             if g.way == "late" and step <= steps // 2:
@@ -512,8 +514,6 @@ def table(path):
 
 def check():
     """Compares two models of a group with train_gpt2style.py: losses and gradients."""
-    sys.path.insert(0, ".")
-    import train_gpt2style as reference
     g = Group("check", 50, 16, True, 3, 2, 8, (1, 2), 3, 4, 1,
               (Recipe(1, "scaled", 1, 1e-3), Recipe(2, "std", 1, 1e-3)))
     rng = np.random.default_rng(1)
