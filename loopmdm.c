@@ -284,21 +284,17 @@ static void init_parameters(float *params, Config c, uint64_t seed) {
     }
 }
 
-// What fixes the noise of sequences first, first + 1, ... of a step with `total` sequences.
-typedef struct { uint64_t seed, step; int first, total; double largest; } Noise; // largest: of t
+// What fixes the noise of sequences first, first + 1, ... of a step with `total` sequences. Some of
+// the tokens to predict may stay visible: a share of them, see visible_share() in section 6.
+typedef struct { uint64_t seed, step; int first, total; double visible; } Noise;
 
-// The noise level t of sequence first + b: eps + (largest - eps) u, u in [0,1). The u of a step are
+// The noise level t of sequence first + b: eps + (1 - eps) u, u in [0,1). The u of a step are
 // spread evenly, so that the loss varies less (Kingma et al. 2021): of 4, one in each quarter.
 HOST_DEVICE static inline double noise_level(Noise n, int b) {
     const double eps = 1e-3; // the loss divides by t
     double u = random_uniform(n.seed, STREAM_TIME, n.step, 0) + (double)(n.first + b) / n.total;
-    volatile double scaled = (n.largest - eps) * (u - floor(u)); // volatile: a fused multiply-add
-    return eps + scaled;                                         // would round differently
-}
-
-// Whether position i, counted over all sequences of the step, becomes MASK: with probability t.
-HOST_DEVICE static inline int becomes_mask(Noise n, uint64_t i, double t) {
-    return random_uniform(n.seed, STREAM_MASK, n.step, i) < t;
+    volatile double scaled = (1 - eps) * (u - floor(u)); // volatile: a fused multiply-add would
+    return eps + scaled;                                 // round differently
 }
 
 // S, the number of loops of a training step: 1 .. S_max, each with the same probability.
@@ -803,22 +799,23 @@ static void model_set_parameters(Model *m, const float *from) {
 }
 
 // Sets the next forward's tokens: targets (B,T) with noise; the first given[b] tokens of a sequence
-// are context (a question, say), never masked. Returns R, the number of masked positions.
+// are context (a question, say), never predicted. Returns R, the number of positions to predict.
 static int model_noise(Model *m, const int *targets, const int *given, Noise n, int B, int T) {
     m->B = B;
     m->T = T;
     m->R = 0;
     for (int b = 0; b < B; b++) {
-        // With t up to 1, sum(weights * cross entropy) estimates the NELBO, in nats per token:
+        // If all are MASK, sum(weights * cross entropy) estimates the NELBO, in nats per token:
         // -log p of filling in token by token, mean over all orders. -log p(data) is at most that.
         double t = noise_level(n, b);
         float weight = (float)(1 / (t * n.total * (T - given[b]))); // context does not count
         for (int i = b * T; i < (b + 1) * T; i++) {
-            int masked = i - b * T >= given[b] && becomes_mask(n, (uint64_t)n.first * T + i, t);
+            double u = random_uniform(n.seed, STREAM_MASK, n.step, (uint64_t)n.first * T + i);
+            int predicted = i - b * T >= given[b] && u < t; // and MASK, unless it stays visible
             m->targets[i] = targets[i];
-            m->x[i] = masked ? m->config.vocab_size : targets[i];
-            m->weights[i] = masked ? weight : 0;
-            if (masked) m->masked[m->R++] = i;
+            m->x[i] = predicted && u >= n.visible * t ? m->config.vocab_size : targets[i];
+            m->weights[i] = predicted ? weight : 0;
+            if (predicted) m->masked[m->R++] = i;
         }
     }
     return m->R;
@@ -1063,14 +1060,14 @@ static double learning_rate(double lr, double floor, int warmup, int steps, int 
     return lr * (floor + (1 - floor) * 0.5 * (1 + cos(3.14159265358979323846 * done)));
 }
 
-// The largest noise level: over the first `warmup` steps it rises from 0.3 to 1. Where little is
-// masked a model learns to copy. With much noise it first learns which kind of word stands where,
-// and the words of a kind become one vector (dev/experiments/README.md, 15).
-static double largest_noise(int warmup, int step) {
-    return step < warmup ? 0.3 + 0.7 * step / warmup : 1;
+// The share of predicted tokens that stay visible falls from a half to none over the first `warmup`
+// steps. To predict what it sees keeps a model's vectors of words apart. Else words that stand in
+// the same places become one vector before it learns to copy them (dev/experiments/README.md, 15).
+static double visible_share(int warmup, int step) {
+    return step < warmup ? 0.5 * (1 - (double)step / warmup) : 0;
 }
 
-typedef struct { uint64_t seed; int sequences, B; double largest_noise; } Batches; // of a step
+typedef struct { uint64_t seed; int sequences, B; double visible; } Batches; // of a step
 typedef struct { int masked; double loss, mean_t, norm; } Gradient; // of a step; norm: of m->grads
 
 // For several processes (dev/processes.h): these add up what all have, and all get the sum.
@@ -1089,7 +1086,7 @@ static Gradient train_gradient(Model *m, const Data *d, Batches r, int step, int
     // on its number in the step. So B and processes change only the rounding of sums.
     int share = r.sequences / ranks, end = (rank + 1) * share;
     for (int first = rank * share; first < end; first += B) {
-        Noise noise = {r.seed, (uint64_t)step, first, r.sequences, r.largest_noise};
+        Noise noise = {r.seed, (uint64_t)step, first, r.sequences, r.visible};
         for (int b = 0; b < B; b++) {
             uint64_t index = random_bits(r.seed, STREAM_BATCH, step, first + b) % available;
             given[b] = data_sequence(d, targets + b * T, (int64_t)index, T, d->stride);
@@ -1125,7 +1122,7 @@ static int evaluation_sequence(const Data *d, int *tokens, int r, int n, int T) 
 static Noise evaluation_batch(Model *m, const Data *d, int *targets, int *given, int first, int B,
                               int n, uint64_t seed) {
     int T = m->config.max_seq_len;
-    Noise noise = {seed, 0, first, n, 1};
+    Noise noise = {seed, 0, first, n, 0};
     for (int b = 0; b < B; b++)
         given[b] = evaluation_sequence(d, targets + (size_t)b * T, first + b, n, T);
     model_noise(m, targets, given, noise, B, T);
@@ -1432,7 +1429,7 @@ static void train(void) {
     double noise_warmup = number("--noise-warmup", 0, 0);
     const char *out = option("--out", NULL), *path = option("--data", NULL);
     Data data = data_open(&path, 1, c.vocab_size, c.max_seq_len);
-    Batches batches = {(uint64_t)number("--seed", 1, 0), B, B, 1};
+    Batches batches = {(uint64_t)number("--seed", 1, 0), B, B, 0};
     check_options();
 
     Model m;
@@ -1442,7 +1439,7 @@ static void train(void) {
     if (mkdir(out, 0777)) die(FAILED, "--out: cannot make %s: %s", out, strerror(errno));
     for (int step = 0; step < steps; step++) {
         int S = draw_loops(c.max_loops, batches.seed, step);
-        batches.largest_noise = largest_noise((int)noise_warmup, step);
+        batches.visible = visible_share((int)noise_warmup, step);
         Gradient g = train_gradient(&m, &data, batches, step, S);
         AdamW o = {learning_rate(lr, 0.1, (int)warmup, steps, step), 0.9, 0.95, 1e-8, 0.1, 1, 0};
         model_update(&m, o, g.norm, step + 1);

@@ -602,9 +602,10 @@ __global__ void noise_kernel(int *x, float *weights, const int *targets, const i
     int i = (int)thread_index(), b = i / T;
     if (i >= BT) return;
     double t = noise_level(noise, b); // each thread computes its sequence's again
-    int masked = i % T >= given[b] && becomes_mask(noise, (uint64_t)noise.first * T + i, t);
-    x[i] = masked ? V : targets[i];
-    weights[i] = masked ? (float)(1 / (t * noise.total * (T - given[b]))) : 0;
+    double u = random_uniform(noise.seed, STREAM_MASK, noise.step, (uint64_t)noise.first * T + i);
+    int predicted = i % T >= given[b] && u < t;
+    x[i] = predicted && u >= noise.visible * t ? V : targets[i];
+    weights[i] = predicted ? (float)(1 / (t * noise.total * (T - given[b]))) : 0;
 }
 
 static void noise_forward(int *x, float *weights, const int *targets, const int *given, int V,
@@ -615,7 +616,7 @@ static void noise_forward(int *x, float *weights, const int *targets, const int 
 }
 
 // positions (R): where weights (BT) are not zero, ascending. Each thread has a stretch of them: it
-// counts its masked ones, learns how many come before them, and writes them there.
+// counts its own, learns how many come before them, and writes them there.
 // Grid: 1. Block: THREADS.
 __global__ void masked_positions_kernel(int *positions, int *R, const float *weights, int BT) {
     __shared__ int counts[THREADS];

@@ -243,7 +243,7 @@ static void set_batch(Model *m, int step, int first, int B, int total) {
     int T = m->config.max_seq_len, mark = num_kept, *targets = INTS(B * T);
     for (int i = 0; i < B * T; i++)
         targets[i] = (int)(random_bits(7, 0, step, first * T + i) % m->config.vocab_size);
-    Noise noise = {5, (uint64_t)step, first, total, 1};
+    Noise noise = {5, (uint64_t)step, first, total, 0};
     model_noise(m, targets, INTS(B), noise, B, T); // zeros: no sequence has a context
     release(mark);
 }
@@ -373,7 +373,7 @@ static void reference_noise(Reference *r, const char *prefix, const int *given) 
     size_t BT = (size_t)r->B * r->T;
     int *x = INTS(BT);
     float *weights = FLOATS(BT);
-    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 1};
+    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 0};
     const int *targets = DUMP_INTS(d, BT, "%stargets", prefix);
     model_noise(&r->model, targets, given, noise, r->B, r->T);
     read_memory(x, r->model.x, BT * sizeof(int));
@@ -404,7 +404,7 @@ static void reference_answers(Reference *r) {
 // The levels, and the noise of the batch that all further checks use.
 static void reference_levels(Reference *r) {
     const DumpTensor *levels = find(&r->dump, 3, r->B, "t");
-    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 1};
+    Noise noise = {(uint64_t)r->seed, 0, 0, r->B, 0};
     double worst = 0;
     for (int b = 0; b < r->B; b++)
         worst = worse(worst, fabs(noise_level(noise, b) - dump_double(levels, b)));
@@ -556,7 +556,7 @@ static void reference_training(Reference *r, int average) {
     const float *norm = DUMP_FLOATS(d, 10, "%s_norm", prefix);
     const int *drawn = DUMP_INTS(d, 10, "%s_loops", prefix);
     AdamW o = {0, 0.9, 0.95, 1e-8, 0.1, 1, average ? 0.4 : 0};
-    Batches batches = {(uint64_t)r->seed, 2 * r->B, r->B, 1};
+    Batches batches = {(uint64_t)r->seed, 2 * r->B, r->B, 0};
     double loss_error = 0, norm_error = 0, drawn_error = 0;
 
     // A model of its own, because the steps change the parameters
@@ -592,11 +592,14 @@ static void reference_training(Reference *r, int average) {
               TOLERANCE(1e-4, 1e-2), "%s", d->name);
     }
 
-    // Levels that are spread evenly up to 0.3 have a mean near 0.15.
-    batches.largest_noise = 0.3;
-    double mean_t = train_gradient(&m, &r->data, batches, 0, 1).mean_t;
-    check("mean noise level, up to 0.3", fabs(mean_t - 0.15), 0.15 / batches.sequences + 1e-3,
-          "%s%s", d->name, what);
+    // If all stay visible, the model sees no MASK, and predicts as many tokens.
+    int masked = train_gradient(&m, &r->data, batches, 0, 1).masked;
+    batches.visible = 1;
+    masked -= train_gradient(&m, &r->data, batches, 0, 1).masked;
+    int *x = INTS(m.B * m.T), seen = 0;
+    read_memory(x, m.x, (size_t)m.B * m.T * sizeof(int));
+    for (int i = 0; i < m.B * m.T; i++) seen += x[i] == m.config.vocab_size;
+    check("masks, if all stay visible", seen + abs(masked), 0, "%s%s", d->name, what);
     model_free(&m);
 }
 
@@ -1261,29 +1264,48 @@ static void check_loops(void) {
     model_free(&m);
 }
 
-// The share of masks follows t. Each t stays in its stratum: of 8, one lies in each eighth.
-static void check_noise_up_to(double largest, const char *what) {
-    double masked = 0, expected = 0, outside = 0;
-    for (int step = 0; step < 500; step++)
-        for (int b = 0; b < 8; b++) {
-            Noise noise = {5, (uint64_t)step, 0, 8, largest};
-            double t = noise_level(noise, b);
-            int below = 0; // how many levels of this step are lower: the number of its stratum
-            for (int i = 0; i < 24; i++) masked += becomes_mask(noise, b * 24 + i, t);
-            expected += 24 * t;
-            for (int other = 0; other < 8; other++) below += noise_level(noise, other) < t;
-            outside = worse(outside, fabs(t / largest - (below + 0.5) / 8) - 0.5 / 8);
-        }
-    check("share of masked tokens", fabs(masked / expected - 1), 0.01, what);
-    check("t stays in its stratum", outside, 2e-3 / largest, what); // eps = 1e-3 shifts the strata
-}
-
+// The share of tokens to predict follows t. The share of them that stay visible is as asked. Each t
+// stays in its stratum: of 8, one lies in each eighth.
 static void check_noise(void) {
-    check_noise_up_to(1, "500 batches");
-    check_noise_up_to(0.3, "500 batches, t up to 0.3");
-    double error = fabs(largest_noise(0, 0) - 1) + fabs(largest_noise(10, 0) - 0.3);
-    error += fabs(largest_noise(10, 5) - 0.65) + fabs(largest_noise(10, 10) - 1);
-    check("largest noise", error, 1e-12, "without a warmup; first step, middle, end");
+    enum { B = 8, T = 24 };
+    Model m;
+    model_build(&m, small_config(1, 1));
+    model_reserve(&m, B, T, 1, 1, 0);
+    int targets[B * T] = {0}, given[B] = {0}, x[B * T];
+    float weights[B * T];
+    double shares[] = {0, 0.5, 1};
+    for (int k = 0; k < COUNT(shares); k++) {
+        double predicted = 0, visible = 0, expected = 0, outside = 0, wrong = 0;
+        for (int step = 0; step < 500; step++) {
+            Noise noise = {5, (uint64_t)step, 0, B, shares[k]};
+            int R = model_noise(&m, targets, given, noise, B, T);
+            read_memory(x, m.x, sizeof x);
+            read_memory(weights, m.weights, sizeof weights);
+            for (int i = 0; i < B * T; i++) {
+                predicted += weights[i] > 0;
+                visible += weights[i] > 0 && x[i] == 0;
+                wrong += x[i] != 0 && !(weights[i] > 0);
+                R -= weights[i] > 0;
+            }
+            wrong += abs(R);
+            for (int b = 0; b < B; b++) {
+                double t = noise_level(noise, b);
+                int below = 0; // how many levels of this step are lower: the number of its stratum
+                for (int other = 0; other < B; other++) below += noise_level(noise, other) < t;
+                expected += T * t;
+                outside = worse(outside, fabs(t - (below + 0.5) / B) - 0.5 / B);
+            }
+        }
+        check("share of tokens to predict", fabs(predicted / expected - 1), 0.01, "500 batches");
+        check("share that stays visible", fabs(visible / predicted - shares[k]),
+              0.01 * (shares[k] == 0.5), "500 batches, %g", shares[k]);
+        check("masks without a weight", wrong, 0, "500 batches, %g", shares[k]);
+        check("t stays in its stratum", outside, 2e-3, "500 batches"); // eps = 1e-3 shifts strata
+    }
+    model_free(&m);
+    double error = fabs(visible_share(0, 0)) + fabs(visible_share(10, 0) - 0.5);
+    error += fabs(visible_share(10, 5) - 0.25) + fabs(visible_share(10, 10));
+    check("visible share", error, 1e-12, "without a warmup; first step, middle, end");
 }
 
 static void check_draws_of_loops(void) {

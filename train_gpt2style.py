@@ -137,23 +137,24 @@ def init_parameters(c, seed):
     params["qkvb"][:, 2 * c.channels:] = 0  # only q and k have positions
     return params
 
-def add_noise(c, targets, seed, step, first, total, given=None, largest=1.0):
+def add_noise(c, targets, seed, step, first, total, given=None, visible=0.0):
     """targets (B,T) int64, which are the sequences first, first+1, .. of `total` in a step, -> x, t
-    and weights. In x (B,T) a token is MASK with probability t (B), float64 in (0,largest]. weights
-    (B,T) float32 are 1/(t total length) where it is, else 0. With largest=1 they make the loss the
-    NELBO in nats per token (MDLM, arXiv 2406.07524). given (B): that many tokens of a sequence are
-    context. They are never masked, and do not count in its length (LLaDA, arXiv 2502.09992)."""
+    and weights. A token is predicted with probability t (B), float64 in (0,1]. weights (B,T)
+    float32 are 1/(t total length) where it is, else 0. In x (B,T) it is MASK then, except for the
+    share `visible`. With visible=0 the weights make the loss the NELBO in nats per token (MDLM,
+    arXiv 2406.07524). given (B): that many tokens of a sequence are context. They are never
+    predicted, and do not count in its length (LLaDA, arXiv 2502.09992)."""
     B, T = targets.shape
     given = np.zeros(B, np.int64) if given is None else given
 
     # t is stratified (Kingma et al. 2021): a random offset, and the sequences at equal distances.
     u = random_uniform(seed, STREAM_TIME, step, [0]) + (first + np.arange(B)) / total
-    t = 1e-3 + (largest - 1e-3) * (u - np.floor(u))
+    t = 1e-3 + (1 - 1e-3) * (u - np.floor(u))
     index = first * T + np.arange(B * T).reshape(B, T)
-    masked = random_uniform(seed, STREAM_MASK, step, index) < t[:, None]
-    masked &= np.arange(T) >= given[:, None]
-    x = np.where(masked, c.vocab_size, targets)
-    weights = np.where(masked, 1 / (t * total * (T - given))[:, None], 0).astype(np.float32)
+    u = random_uniform(seed, STREAM_MASK, step, index)
+    predicted = (u < t[:, None]) & (np.arange(T) >= given[:, None])
+    x = np.where(predicted & (u >= visible * t[:, None]), c.vocab_size, targets)
+    weights = np.where(predicted, 1 / (t * total * (T - given))[:, None], 0).astype(np.float32)
     return x, t, weights
 
 def draw_loops(c, dist, seed, step):
@@ -228,10 +229,10 @@ class LoopMDM(torch.nn.Module):
 
     def loss(self, x, targets, weights, S):
         """x, targets (B,T) int64, weights (B,T) -> the sum of weights * cross entropy, the NELBO"""
-        # The head is the largest product of a small model, so it sees masked positions only.
-        masked = weights.view(-1).nonzero().squeeze(1)
+        # The head is the largest product of a small model, so it sees only positions to predict.
+        rows = weights.view(-1).nonzero().squeeze(1)
         h = self(x, S).view(-1, self.config.channels)
-        return self.head(h[masked], targets.view(-1)[masked], weights.view(-1)[masked])
+        return self.head(h[rows], targets.view(-1)[rows], weights.view(-1)[rows])
 
 # ---- 4. Optimizer --------------------------------------------------------------------------------
 
@@ -256,9 +257,10 @@ def learning_rate(lr, floor, warmup, steps, step):
     done = min(1, (step - warmup) / max(1, steps - warmup))
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
-def largest_noise(warmup, step):
-    """The largest noise level: over the first `warmup` steps it rises from 0.3 to 1."""
-    return 0.3 + 0.7 * step / warmup if step < warmup else 1.0
+def visible_share(warmup, step):
+    """The share of tokens to predict that stay visible, as one in ten does in BERT (arXiv
+    1810.04805): over the first `warmup` steps it falls from a half to none."""
+    return 0.5 * (1 - step / warmup) if step < warmup else 0.0
 
 def update(model, optimizer, lr, clip, norm):
     """One step of the optimizer. Clips the gradients, whose norm is given, and clears them."""
@@ -282,24 +284,24 @@ def update_average(average, model, decay, step):
 # What a step had: S loops, the mean noise level t, so many masked positions; its loss and norm
 Gradient = namedtuple("Gradient", "S t masked loss norm")
 
-def noisy_loss(model, data, targets, seed, step, first, total, S, largest=1.0):
+def noisy_loss(model, data, targets, seed, step, first, total, S, visible=0.0):
     """The loss of targets (B,T) with noise, as add_noise() explains; also t and the weights."""
     given = context_lengths(targets, data.separator)
-    x, t, weights = add_noise(model.config, targets, seed, step, first, total, given, largest)
+    x, t, weights = add_noise(model.config, targets, seed, step, first, total, given, visible)
     tensors = [torch.from_numpy(a).to(model.wte.device) for a in (x, targets, weights)]
     return model.loss(*tensors, S), t, weights
 
 def train_gradient(model, data, o, step):
     """Adds the gradient of a step (from 0) to the parameters' .grad. Returns a Gradient. o has the
-    seed, loop_dist (see draw_loops()), noise_warmup (see largest_noise()), batch (sequences at a
+    seed, loop_dist (see draw_loops()), noise_warmup (see visible_share()), batch (sequences at a
     time) and accum (so many times)."""
-    total, largest = o.batch * o.accum, largest_noise(o.noise_warmup, step)
+    total, visible = o.batch * o.accum, visible_share(o.noise_warmup, step)
     S = draw_loops(model.config, o.loop_dist, o.seed, step)  # one S for all sequences
     mean_t = masked = loss = 0.0
     for first in range(0, total, o.batch):
         targets = data_batch(data, o.seed, step, first, o.batch, model.config.max_seq_len)
         part, t, weights = noisy_loss(model, data, targets, o.seed, step, first, total, S,
-                                      largest)
+                                      visible)
         part.backward()
         mean_t += t.sum() / total
         masked += (weights > 0).sum()

@@ -159,7 +159,7 @@ static const struct {
     {"warmup", TRAIN, INTEGER, &opt_warmup, 0, "N",
      "steps over which the learning rate rises (default: the preset's, at most --steps / 4)"},
     {"noise-warmup", TRAIN, INTEGER, &opt_noise_warmup, 0, "N",
-     "steps over which the largest noise level rises from 0.3 to 1; text is learned sooner"},
+     "steps over which the share of tokens to predict that stay visible falls from half to none"},
     {"weight-decay", TRAIN, REAL, &opt_weight_decay, 0, "RATE",
      "AdamW's weight decay, on matrices only"},
     {"clip", TRAIN, REAL, &opt_clip, 1e-9, "NORM", "largest norm of the gradient"},
@@ -1029,7 +1029,7 @@ static void train_open(Training *t) {
     int T = c.max_seq_len;
     if (fmax((double)opt_batch * opt_accum * ranks, opt_val_rows) * T > INT_MAX / 4)
         die(USAGE, "--batch, --accum or --val-rows: too many rows of %d tokens", T);
-    const Batches batches = {opt_seed, opt_batch * opt_accum * ranks, opt_batch, 1};
+    const Batches batches = {opt_seed, opt_batch * opt_accum * ranks, opt_batch, 0};
     const State start = {
         STATE_MAGIC, STATE_VERSION, c, 0, 0, batches.sequences, opt_seed, 0, opt_ema > 0, 0
     };
@@ -1259,7 +1259,7 @@ static void train_step(Training *t) {
     double tokens = (double)s->sequences * T;
     t->S = loops_of_step(m->config, t->loop_dist, s->step);
     t->lr = learning_rate(opt_lr, opt_floor, opt_warmup, opt_steps, s->step);
-    t->batches.largest_noise = largest_noise(opt_noise_warmup, s->step);
+    t->batches.visible = visible_share(opt_noise_warmup, s->step);
 
     Gradient g = train_gradient(m, &t->data, t->batches, s->step, t->S);
     if (!isfinite(g.loss) || !isfinite(g.norm)) stop_training(t, s->step + 1, g.loss, g.norm);
@@ -1446,11 +1446,14 @@ static void eval_nelbo(Model *m, int step, const Data *d, const Tokenizer *t, co
 // masked (buckets): the masked positions of the sequences that evaluate() takes.
 static void count_masked(const Data *d, int T, double *masked) {
     int *tokens = (int *)allocate(T, sizeof(int), "a sequence");
-    Noise noise = {opt_seed, 0, 0, opt_rows, 1}; // that of evaluation_batch()
+    Noise noise = {opt_seed, 0, 0, opt_rows, 0}; // that of evaluation_batch()
     for (int r = 0; r < opt_rows; r++) {
         double t = noise_level(noise, r);
         int i = evaluation_sequence(d, tokens, r, opt_rows, T);
-        for (; i < T; i++) masked[bucket_of(t)] += becomes_mask(noise, (uint64_t)r * T + i, t);
+        for (; i < T; i++) {
+            double u = random_uniform(noise.seed, STREAM_MASK, noise.step, (uint64_t)r * T + i);
+            masked[bucket_of(t)] += u < t;
+        }
     }
     free(tokens);
 }
@@ -1459,7 +1462,7 @@ static void count_masked(const Data *d, int T, double *masked) {
 static void sum_by_t(Model *m, const Data *d, Loops loops, double *sums) {
     int T = m->config.max_seq_len, *tokens = (int *)allocate(T, sizeof(int), "a sequence");
     double *nelbo = (double *)allocate(opt_rows, sizeof(double), "the sequences");
-    Noise noise = {opt_seed, 0, 0, opt_rows, 1};
+    Noise noise = {opt_seed, 0, 0, opt_rows, 0};
     evaluate(m, d, loops, opt_rows, m->max_B, opt_seed, nelbo);
     for (int r = 0; r < opt_rows; r++) {
         double t = noise_level(noise, r);

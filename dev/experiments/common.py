@@ -147,7 +147,7 @@ TASKS = {
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
                            "max-loops": 6, "batch": pick(4, 16 * WIDER),
                            "warmup-share": 0.1}, "nats per cell"),
-    # Text with shapes that gain by depth. It begins with little noise, see noise_warmup.py.
+    # Text with shapes that gain by depth. At first some tokens stay visible, see noise_warmup.py.
     "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
                                 "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
                                 "noise-warmup-share": 0.5}),

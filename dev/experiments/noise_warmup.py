@@ -1,11 +1,10 @@
 """
-15. Little noise first: is text learned sooner if the first steps mask few tokens?
+15. Visible tokens first: is text learned sooner if some tokens to predict are not masked at first?
 
-With --noise-warmup the largest noise level rises from 0.3 to 1 over a share of the steps; then it
-is 1, as it always is without. nano is real text; stories is generated text, with tests of copying
-(see copying.py) and a look at the vectors of names: how much of one is its own? All models have the
-same FLOPs, except those of the LM head, which costs less where few tokens are masked. The highest
-learning rate is the task's, 2e-3.
+With --noise-warmup the share of tokens to predict that stay visible falls from half to none over a
+share of the steps; then it is none, as it always is without. nano is real text; stories is
+generated text, with tests of copying (see copying.py) and a look at the vectors of names: how much
+of one is its own? All models have the same FLOPs. The highest learning rate is the task's, 2e-3.
 """
 import os
 
@@ -60,7 +59,7 @@ def experiment(task):
     print_table(f"{task}: NELBO, {TASKS[task].unit}"
                 f"{', and words copied right, %' if task == 'stories' else ''}; "
                 f"{BUDGET / TERA:g} TFLOP each, {of_seeds(seeds)}",
-                ["model", "the noise rises in", *columns],
+                ["model", "some stay visible in", *columns],
                 [[label(model, LOOPS[model]),
                   f"{share:.0%} of the steps" if share else "no step"]
                  + [spread((results[model, share, seed][what] for seed in seeds),
@@ -72,8 +71,8 @@ def experiment(task):
         line(ax, i, label(model, LOOPS[model]),
              {100 * share: [results[model, share, seed]["NELBO"] for seed in seeds]
               for share in shares})
-    finish(ax, f"noise_warmup_{task}", xlabel="steps over which the largest noise level rises, %",
-           ylabel=f"NELBO, {TASKS[task].unit}", title=f"Little noise first: {task}")
+    finish(ax, f"noise_warmup_{task}", xlabel="steps in which some tokens stay visible, %",
+           ylabel=f"NELBO, {TASKS[task].unit}", title=f"Visible tokens first: {task}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Group:
     use: tuple = (1,)  # numbers of loops to evaluate with
     rows: int = 1024   # sequences in an evaluation
     way: str = ""      # of looping, one of WAYS
-    noise: float = 0   # share of the steps in which the largest noise level rises from 0.3 to 1
+    noise: float = 0   # share of the steps in which some tokens to predict stay visible
 
 
 def compare(rates, shares=(), share_rates=()):
@@ -315,7 +315,7 @@ class Models:
         self.cosine, self.sine = (torch.from_numpy(f(angle).astype(np.float32)).to(device)
                                   for f in (np.cos, np.sin))
         # The head's rows: half of the positions, and 8 standard deviations more. So practically no
-        # masked position is ever left out.
+        # position to predict is ever left out.
         N = g.batch * g.T
         self.K = min(N, math.ceil(N / 2 + g.T / 2 + 8 * math.sqrt(N / 6)))
 
@@ -368,8 +368,8 @@ class Models:
         states = list(self.loop(h, w, layers[slice(*g.loop)], S))
         states = [self.through(h, layers[g.loop[1]:]) for h in states[0 if every else -1:]]
 
-        # The masked positions come first, then others, whose weight is zero.
-        place = torch.argsort(masked.logical_not().int(), dim=1, stable=True)[:, :self.K]
+        # The positions to predict come first, then others, whose weight is zero.
+        place = torch.argsort((weights == 0).int(), dim=1, stable=True)[:, :self.K]
         targets, weights = (x.gather(1, place)[which] for x in (targets, weights))
         wte, total = w["wte"].to(self.half), 0
         for h in states:
@@ -378,14 +378,14 @@ class Models:
             total = total + (weights * losses).sum(1) / len(states)
         return total
 
-    def noise(self, targets, generator, largest=1.0):
-        """Masks as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
+    def noise(self, targets, generator, visible=0.0):
+        """Noise as in train_gpt2style.add_noise(). targets (U,B,T) -> masked, weights (U,B,T)."""
         U, B, T = targets.shape
         u = torch.rand(U, 1, generator=generator, device=self.device)
-        t = 1e-3 + (largest - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
+        t = 1e-3 + (1 - 1e-3) * ((u + torch.arange(B, device=self.device) / B) % 1)
         u = torch.rand(U, B, T, generator=generator, device=self.device)
-        masked = u < t[:, :, None]
-        return masked, masked / (t[:, :, None] * B * T)
+        t = t[:, :, None]
+        return (u < t) & (u >= visible * t), (u < t) / (t * B * T)
 
     def evaluate(self, loops):
         """Returns {S: NELBO (M) of held-out sequences}; all models see the same ones."""
@@ -436,8 +436,8 @@ class Models:
             begin = torch.randint(count, (len(seeds), g.batch, 1), generator=generator,
                                   device=device) * stride
             targets = self.tokens[begin + offsets]
-            largest = reference.largest_noise(g.noise * steps, step - 1)
-            masked, weights = self.noise(targets, generator, largest)
+            visible = reference.visible_share(g.noise * steps, step - 1)
+            masked, weights = self.noise(targets, generator, visible)
             fewest = {"top": (g.max_loops + 1) // 2, "fixed": g.max_loops}.get(g.way, 1)
             S = loops.randint(fewest, g.max_loops)
             if g.way == "late" and step <= steps // 2:

@@ -6,8 +6,8 @@ has 12 of 128. The MDM is compared with a deeper model, with a wide one that has
 parameters, and with looped ones. Those differ in the loops that they learn: from 1, as in the
 paper; from half of the most; always the same number; and in the number of looped layers.
 
-All begin with little noise (see noise_warmup.py) and have the same training FLOPs, and each has the
-best of some learning rates. One more MDM has only as many steps as the deeper one, and as two
+All begin with visible tokens (see noise_warmup.py) and have the same training FLOPs, and each has
+the best of some learning rates. One more MDM has only as many steps as the deeper one, and as two
 looped layers with S from 1 to 4. It shows what these gain at equal steps, and what the steps are
 worth that they cannot take. A looped model is used with the number of loops that is best under
 other masks of the held-out text.
