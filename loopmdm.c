@@ -111,7 +111,7 @@ static int max_int(int a, int b) { return a > b ? a : b; }
 // 1. Configuration and parameters
 //
 // Letters in shapes: B sequences, T positions, C channels, NH heads of D = C/NH channels, L layers,
-// V tokens, S times through the loop, P passes, R masked positions; t: a noise level or a position.
+// V tokens, S times through the loop, P passes, R predicted positions; t: noise level or position.
 
 typedef struct {
     int max_seq_len;  // largest T
@@ -709,7 +709,7 @@ typedef struct {
     float *losses;                     // (R) cross entropies of the masked positions
     float *dres, *dln, *datty, *dwide; // gradients (B,T,C), (B,T,C), (B,T,C), (B,T,4C)
     float *before, *settled; // (B,T,C) for dev/tools.c: the state a loop earlier; final states
-    int *x, *targets, *masked; // (B,T) tokens, the same before the noise, (R) masked positions
+    int *x, *targets, *masked; // (B,T) tokens, before the noise, (R) positions to predict
     float *weights;            // (B,T) how much each position counts in the loss
     double *sequence_loss;     // (B) each sequence's part of the last loss
     int B, T, S, R;            // of the last forward
@@ -1110,6 +1110,7 @@ static void fixed_loops(Model *m, Loops loops, int *used) { // used (B): each se
     model_forward(m, loops.S);
     for (int b = 0; b < m->B; b++) used[b] = loops.S;
 }
+
 static void (*forward_loops)(Model *m, Loops loops, int *used) = fixed_loops; // may be replaced
 
 // Evaluation sequence r of n, which are spread over the data; if it has fewer, they begin again.

@@ -247,7 +247,7 @@ HOOK int main(int argc, char **argv) {
     Data data = {&shard, 1, 1, -1};
     for (int k = 0; k < shard.count; k++)
         tokens[k] = (uint16_t)(random_bits(1, STREAM_BATCH, 1, k) % V);
-    Batches batches = {1, B, B, 1};
+    Batches batches = {1, B, B, 0};
     AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
 
     double all = 0, best = 1e9, masked = 0, peak = bench_peak(0.3);
