@@ -44,7 +44,7 @@ template <int COLS> struct Hopper {
 // inside a row.
 __device__ static inline uint64_t descriptor(const floatX *tile) {
     uint64_t box = SLICE * SLICE * sizeof(floatX) / 16;
-    return 1ull << 62 | 1024ull / 16 << 32 | box << 16 | shared_address(tile) / 16;
+    return 1ull << 62 | 1024ull / 16 << 32 | box << 16 | (shared_address(tile) & 0x3ffff) / 16;
 }
 
 // Tile n: it begins at C(i0,j0), and sums part z of K. The shorter side of C runs fastest: blocks

@@ -199,7 +199,13 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
                 p[j][e] = there ? exp_2(p[j][e] * scale2 - query[0]) : 0;
             }
         }
-        wgmma_wait<0>();
+        // Only a product that begins before the wait keeps the exponentials before it: the compiler
+        // would move them behind it, where they overlap with nothing.
+        if constexpr (OF_KEYS) {
+            multiply_probabilities<D>(dv, p, y2, step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+        } else wgmma_wait<0>();
         keep(dscores);
 #pragma unroll
         for (int j = 0; j < SLICE / 8; j++)
@@ -208,7 +214,6 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
                 const float *query = OF_KEYS ? others[j] + e % 2 * 2 : own[e / 2];
                 dscores[j][e] = p[j][e] * (dscores[j][e] - query[1]);
             }
-        if constexpr (OF_KEYS) multiply_probabilities<D>(dv, p, y2, step > 0);
         multiply_probabilities<D>(dk_or_dq, dscores, y1, step > 0);
         wgmma_commit();
     }

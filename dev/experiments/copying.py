@@ -15,17 +15,19 @@ import re
 import shutil
 from types import SimpleNamespace
 
-from common import (COLORS, SEEDS, TASKS, TERA, WORK, chosen, each, finish, given, mean, nelbo,
-                    new_figure, of_seeds, pick, print_table, save_csv, spread)
+from common import (COLORS, SEEDS, TASKS, TERA, WORK, chosen, each, finish, given, loopmdm, mean,
+                    nelbo, new_figure, of_seeds, pick, print_table, save_csv, spread)
 from few_steps import fill_in, fits, words_in_blanks, write_templates
 from flops import LARGEST, models
 
+BOYS, GIRLS = "Tom|Ben|Sam|Max|Tim|Jack", "Anna|Lily|Mia|Sue|Lucy|Kate"
 KINDS = {  # the words of dev/data/stories.c
-    "names": "Tom|Ben|Sam|Max|Tim|Jack|Anna|Lily|Mia|Sue|Lucy|Kate",
+    "names": f"{BOYS}|{GIRLS}",
     "colours": "red|blue|green|yellow|pink|orange|black|white|brown|gray",
     "things": "ball|car|doll|boat|drum|train|cake|pie|apple|cookie|kite|hat|bag|balloon",
     "animals": "cat|dog|rabbit|mouse|bird|duck|goat|pig",
 }
+MEETING = "came by|was there too|with a friend|({0}) and ({0})|for ({0})".format(KINDS["names"])
 CASES = pick(2, 200)  # of each kind
 
 
@@ -63,8 +65,37 @@ def words_right(r, found, S):
     return shares
 
 
+def words_of(words, story):
+    """Returns which of the words, in any case, the story has, as a set of lower case."""
+    return {word.lower() for word in re.findall(rf"\b(?:{words})\b", story, re.IGNORECASE)}
+
+
+def who_is_clear(story):
+    """
+    Returns whether a story keeps who is in it. All stories of stories.c do: they are of a boy, of a
+    girl, or of a boy and a girl who meet, and "he" and "she" are always clear.
+    """
+    boys, girls = words_of(BOYS, story), words_of(GIRLS, story)
+    if len(boys) > 1 or len(girls) > 1:
+        return False
+    if boys and girls:
+        return True
+    others = words_of("she|her" if boys else "he|him|his", story)
+    return not others and not re.search(rf"\b({MEETING})\b", story)
+
+
+def written(model):
+    """Returns what the model writes: list[str], with the options of make demo."""
+    texts = loopmdm("sample", "--model", model, "-n", CASES, "--steps", pick(8, 96),
+                    "--temperature", 0.7, "--block", 8, "--precision", given.precision)
+    return texts.strip("\n").split("\n\n")
+
+
 def test(model):
-    """Prints what a model copies. A copy of it stands in the folder that keeps its answers."""
+    """
+    Prints what a model copies, and in how many of its own stories it is clear who is who. A copy of
+    the model stands in the folder that keeps its answers.
+    """
     r = SimpleNamespace(folder=os.path.join(WORK, "copying_model"))
     shutil.rmtree(r.folder, ignore_errors=True)
     shutil.copytree(model, r.folder)
@@ -72,6 +103,9 @@ def test(model):
     shares = {S: words_right(r, found, S) for S in (1, 2, 4)}
     print_table(f"{model}: words copied right, %", ["S", *KINDS],
                 [[S, *(f"{share:g}" for share in shares[S].values())] for S in shares])
+    stories = written(model)
+    clear = sum(map(who_is_clear, stories))
+    print(f"It is clear who is who in {clear} of {len(stories)} stories that {model} wrote.")
 
 
 def experiment():
