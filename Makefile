@@ -164,7 +164,7 @@ TOKENIZER = dev/data/stories.tok
 STORIES = build/stories_train.bin build/stories_val.bin
 SEED = $(if $(filter val,$*),2,1)
 STORIES_train = 100000
-STORIES_more = 400000
+STORIES_more = 800000
 STORIES_val = 4200
 
 build/stories_%.bin: build/stories $(TOKENIZER) | loopmdm
@@ -187,7 +187,8 @@ train: loopmdm $(STORIES)
 
 HARD = ....8..6...367.4.86..1.3.57..8.5..311........5....29..3.4..7..................142
 demo: loopmdm
-	./loopmdm sample --model dev/models/stories -n 3 --steps 96 --temperature 0.7 --block 8
+	./loopmdm sample --model dev/models/stories -n 3 --steps 96 --temperature 0.7 --block 8 \
+		--order margin
 	./loopmdm sample --model dev/models/stories --fill $(FILL) --temperature 0 --watch
 	./loopmdm sample --model dev/models/sudoku --puzzle $(HARD) --temperature 0 --steps 4 \
 		--loops 6 --watch --show-loops
@@ -203,7 +204,8 @@ models: loopmdm build/stories_more.bin build/sudoku9_train.bin
 	cp build/stories_run/model.bin build/stories_run/tokenizer.bin dev/models/stories
 	cp build/sudoku9_run/model.bin build/sudoku9_run/tokenizer.bin dev/models/sudoku
 STORY = --fixed-rows --layers 4 --channels 76 --heads 2 --seq-len 96 --loop 1:3 --max-loops 4 \
-	--batch 16 --steps 16000 --lr 2e-3 --warmup 1000 --noise-warmup 8000
+	--batch 16 --steps 32000 --lr 2e-3 --warmup 1000 --noise-warmup 16000 --ema 0.999 \
+	--floor 0.01 --seed 2
 SUDOKU = --fixed-rows --layers 3 --channels 96 --heads 4 --seq-len 81 --loop 1:3 --max-loops 8 \
 	--batch 32 --steps 5000 --lr 2e-3 --warmup 500
 

@@ -33,6 +33,7 @@ NAMES = ("stories", "sudoku")
 ORDERS = ("random", "confidence", "margin", "entropy")
 PUZZLE = "....8..6...367.4.86..1.3.57..8.5..311........5....29..3.4..7..................142"
 SOLUTION = "741285369253679418689143257428956731197834625536712984314527896862491573975368142"
+BLOCKS = (96, 24, 7)
 SEEDS = range(1, 21)
 
 
@@ -108,11 +109,11 @@ class Program:
         self.T = len(tokens)
         self.put(self.call("web_tokens", self.T), struct.pack(f"<{self.T}i", *tokens))
 
-    def sample(self, model, tokens, loops, steps, order, temperature, seed):
+    def sample(self, model, tokens, loops, steps, order, block, temperature, seed):
         self.steps = []
         self.set_tokens(tokens)
         self.call("web_sample", model, self.T, loops, steps, ORDERS.index(order),
-                  float(temperature), float(seed))
+                  block, float(temperature), float(seed))
         return self.steps[-1][1].tolist()
 
     def look(self, model, tokens, loops, query):
@@ -134,9 +135,9 @@ def story_text(tokens):
     return b"".join(vocabulary[t] for t in tokens[:end]).decode()
 
 
-def story_of_program(seed, order, prompt):
+def story_of_program(seed, order, block, prompt):
     return run_loopmdm("sample", "--model", f"{MODELS}/stories", "--prompt", prompt,
-                       "--steps", "24", "--order", order, "--loops", "2",
+                       "--steps", "24", "--order", order, "--block", str(block), "--loops", "2",
                        "--temperature", "0.7", "--seed", str(seed))[:-1]
 
 
@@ -155,16 +156,16 @@ def check_program():
     wrong = 0
     T, mask = struct.unpack("<2i", files[STORIES][0][8:16])
     for seed in SEEDS:
-        order = ORDERS[seed % len(ORDERS)]
+        order, block = ORDERS[seed % len(ORDERS)], BLOCKS[seed % len(BLOCKS)]
         tokens = program.encode(STORIES, "Kate had")
         tokens += [mask] * (T - len(tokens))
-        last = program.sample(STORIES, tokens, 2, 24, order, 0.7, seed)
-        wrong += story_text(last) != story_of_program(seed, order, "Kate had")
+        last = program.sample(STORIES, tokens, 2, 24, order, block, 0.7, seed)
+        wrong += story_text(last) != story_of_program(seed, order, block, "Kate had")
     check(f"stories of {len(SEEDS)} seeds in four orders that differ from ./loopmdm's", wrong)
     for order in ORDERS:
         check_steps(program, order, tokens)
     tokens = program.encode(STORIES, "Kate had a small ____ to eat in the ____.")
-    last = program.sample(STORIES, tokens, 2, 2, "confidence", 0, 1)
+    last = program.sample(STORIES, tokens, 2, 2, "confidence", T, 0, 1)
     check("a template keeps its words",
           any(a != b and a != mask for a, b in zip(tokens, last)) or mask in last)
 
@@ -174,7 +175,7 @@ def check_program():
     wrong = 0
     for loops in (1, 4, 8, 24):
         for steps in (1, 5):
-            last = program.sample(SUDOKU, board, loops, steps, "confidence", 0, 1)
+            last = program.sample(SUDOKU, board, loops, steps, "confidence", 81, 0, 1)
             said = run_loopmdm("sample", "--model", f"{MODELS}/sudoku", "--puzzle", PUZZLE,
                                "--steps", str(steps), "--loops", str(loops), "--temperature", "0")
             wrong += b"".join(digits[t] for t in last).decode() != re.sub(r"\D", "", said)
@@ -195,11 +196,11 @@ def check_steps(program, order, tokens):
     """What the page gets of each step of a greedy story is what PyTorch says of its blanks."""
     model, _ = reference.model_load(f"{MODELS}/stories")
     mask = model.config.vocab_size
-    program.sample(STORIES, tokens, 2, 6, order, 0, 1)
+    program.sample(STORIES, tokens, 2, 6, order, 40, 0, 1)
     before, differ, wrong = np.array(tokens), 0, 0.0
     for _, x, guess, p in program.steps:
         blank = before == mask
-        known = np.flatnonzero(blank & (x != mask) if order == "random" else blank)
+        known = np.flatnonzero(blank)
         with torch.no_grad():
             logits = model.logits(model(torch.from_numpy(before)[None], 2)[0, known])
         most, likeliest = logits.softmax(dim=-1).max(dim=-1)
@@ -332,6 +333,9 @@ def check_page(driver, screenshot):
     print(f"      the first story and board stand there {page.ready:.1f} s after the request")
 
     # A story.
+    if screenshot:
+        page.set("story-step", 64)
+        driver.save_screenshot(screenshot)
     write = page.find("#story-form button.main")
     wrong = 0
     for name, value in {"start": "Kate had", "steps": 24, "loops": 2, "temperature": 0.7}.items():
@@ -339,15 +343,11 @@ def check_page(driver, screenshot):
     for seed in SEEDS:
         page.set("story-seed", seed)
         page.set("story-order", ORDERS[seed % len(ORDERS)], "change")
+        page.set("story-block", BLOCKS[seed % len(BLOCKS)])
         tokens = page.tokens("story-text", write.click)
         wrong += story_text(tokens) != story_of_program(seed, ORDERS[seed % len(ORDERS)],
-                                                        "Kate had")
+                                                        BLOCKS[seed % len(BLOCKS)], "Kate had")
     check(f"page: stories of {len(SEEDS)} seeds that differ from ./loopmdm's", wrong)
-    if screenshot:
-        page.set("story-order", "confidence", "change")
-        page.tokens("story-text", write.click)
-        page.set("story-step", 14)
-        driver.save_screenshot(screenshot)
     blanks = "return document.querySelectorAll('#story-text .blank').length"
     words = "return [...document.querySelectorAll('#story-text button')].map(e => e.textContent)"
     last = page.script(words)
@@ -373,6 +373,11 @@ def check_page(driver, screenshot):
     check("page: without a blank a line says so", not page.comes(
         lambda: "no blank" in page.find("#status").text) or page.script(words) == [])
     check_play(page, "story")
+    page.set("story-steps", 4)
+    page.set("story-block", 7)
+    write.click()
+    check("page: too few steps for so many blocks: a line says so",
+          not page.comes(lambda: "14 blocks" in page.find("#status").text))
     page.set("story-start", "x " * 300)
     write.click()
     check("page: a text that is too long: a line says so",

@@ -110,7 +110,8 @@ class Model {
 
     // Fills in the blanks, and returns the tokens. show({step, tokens, guess, probability}) gets
     // each denoising step: guess is the likeliest token of what was blank before it (else mask).
-    sample(tokens, {loops, steps, order, temperature, seed}, show = () => {}) {
+    // block: so many positions at a time, from left to right; without it all.
+    sample(tokens, {loops, steps, order, block, temperature, seed}, show = () => {}) {
         const {engine, number} = this;
         const T = tokens.length;
         let last = tokens;
@@ -120,7 +121,8 @@ class Model {
                 probability: engine.floats(p, T)});
         };
         this.setTokens(tokens);
-        engine.wasm.web_sample(number, T, loops, steps, ORDERS.indexOf(order), temperature, seed);
+        engine.wasm.web_sample(number, T, loops, steps, ORDERS.indexOf(order), block || T,
+            temperature, seed);
         return last;
     }
 

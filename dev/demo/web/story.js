@@ -37,8 +37,12 @@ export const story = {
 
     async fill(tokens) {
         const options = {loops: number('story-loops'), steps: number('story-steps'),
-            order: $('story-order').value, temperature: number('story-temperature'),
-            seed: number('story-seed')};
+            order: $('story-order').value, block: number('story-block'),
+            temperature: number('story-temperature'), seed: number('story-seed')};
+        const blanks = [...tokens.keys()].filter(t => tokens[t] === this.model.about.mask);
+        const blocks = new Set(blanks.map(t => Math.floor(t / options.block))).size;
+        if (blocks > options.steps)
+            throw new Error(`${blocks} blocks with blanks need as many denoising steps.`);
         await this.run.fill(tokens, options, () => { // shows the newest step
             const last = this.run.history.length - 1;
             Object.assign($('story-step'), {max: last, value: last});

@@ -75,7 +75,8 @@ int madvise(void *at, size_t bytes, int advice) { // dev/gemm.h asks for large p
 static Model models[4];
 static Tokenizer tokenizers[COUNT(models)];
 static int num_models;
-static int *x, *guess, *blank;      // (T): tokens, likeliest tokens, what is or was blank
+static int *x, *guess, *blank;      // (T): tokens, likeliest tokens, 1 for what is or was blank
+static int *place;                  // (T): the positions of blanks
 static float *probability, *weight; // (T)
 
 // Opens FOLDER/model.bin and FOLDER/tokenizer.bin, which web_file() has got. Returns its number.
@@ -115,10 +116,11 @@ int *EXPORT(web_tokens)(int T) {
     if (T <= room) return x;
     free(x);
     room = T;
-    x = (int *)allocate(5 * (size_t)T, sizeof(int), "the text");
+    x = (int *)allocate(6 * (size_t)T, sizeof(int), "the text");
     guess = x + T;
     blank = guess + T;
-    probability = (float *)(blank + T);
+    place = blank + T;
+    probability = (float *)(place + T);
     weight = probability + T;
     return x;
 }
@@ -134,18 +136,19 @@ int EXPORT(web_encode)(int model, const char *text) {
 
 // ---- the sampler ----
 
-typedef struct { const Model *m; int order; } Shown;
-
-// After a denoising step. The step's logits are still in the model: a row for each position that
-// could have been filled in.
+// After a denoising step. The step's state is still in the model, so the head can tell what it says
+// of all blanks, also of those that had no turn.
 static void show_step(const int *tokens, int T, int step, void *data) {
-    const Model *m = ((Shown *)data)->m;
-    int V = m->config.vocab_size, row = 0, chosen_only = ((Shown *)data)->order == ORDER_RANDOM;
+    Model *m = (Model *)data;
+    int V = m->config.vocab_size, n = 0;
     for (int t = 0; t < T; t++) {
-        int filled = blank[t] && tokens[t] != V;
         guess[t] = V;
-        if (!blank[t] || (chosen_only && !filled)) continue;
-        float *logits = m->logits + (size_t)row++ * V, largest;
+        if (blank[t]) place[n++] = t;
+    }
+    head_forward(m, place, n);
+    for (int r = 0; r < n; r++) {
+        int t = place[r], filled = tokens[t] != V;
+        float *logits = m->logits + (size_t)r * V, largest;
         guess[t] = 0;
         for (int v = 1; v < V; v++)
             if (logits[v] > logits[guess[t]]) guess[t] = v;
@@ -157,21 +160,21 @@ static void show_step(const int *tokens, int T, int step, void *data) {
 }
 
 // Fills in the blanks of x (T) with S loops in so many denoising steps, as `loopmdm sample` does.
-// order: its place in random, confidence, margin, entropy. The page gets each step.
-void EXPORT(web_sample)(int model, int T, int S, int steps, int order, double temperature,
-                        double seed) {
+// order: its place in random, confidence, margin, entropy. block: so many positions at a time, from
+// left to right. The page gets each step.
+void EXPORT(web_sample)(int model, int T, int S, int steps, int order, int block,
+                        double temperature, double seed) {
     Model *m = &models[model];
     int score = SCORE_PROBABILITY;
     if (order == ORDER_MARGIN) score = SCORE_MARGIN;
     if (order == ORDER_ENTROPY) score = SCORE_ENTROPY;
     Draw draw = {temperature, 0, 1, score, (uint64_t)seed};
-    SampleOptions o = {steps, order, 0, 0, {S, 0}, draw};
-    Shown shown = {m, order};
+    SampleOptions o = {steps, order, block, 0, {S, 0}, draw};
     for (int t = 0; t < T; t++) {
         blank[t] = x[t] == m->config.vocab_size;
         probability[t] = 1;
     }
-    sample(m, x, 1, T, o, 0, show_step, &shown);
+    sample(m, x, 1, T, o, 0, show_step, m);
 }
 
 // ---- what happens inside one forward ----
@@ -230,7 +233,7 @@ void EXPORT(web_look)(int model, int T, int S, int query) {
     int a = c.loop_start, b = c.loop_end, n = 0, loops = a < b ? S : 1;
     size_t bytes = (size_t)T * c.channels * sizeof(float);
     for (int t = 0; t < T; t++)
-        if (x[t] == c.vocab_size) blank[n++] = t;
+        if (x[t] == c.vocab_size) place[n++] = t;
 
     model_tokens(m, x, 1, T);
     m->S = S;
@@ -243,7 +246,7 @@ void EXPORT(web_look)(int model, int T, int S, int query) {
         // The tail sees the state after each loop, but the next loop goes on from before the tail.
         memcpy(m->before, m->states, bytes);
         run_layers(m, b, c.layers, a + s * (b - a), s == loops ? query : -1);
-        show_guesses(m, blank, n, s);
+        show_guesses(m, place, n, s);
         memcpy(m->states, m->before, bytes);
     }
 }
