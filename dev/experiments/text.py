@@ -20,7 +20,7 @@ from common import (SEEDS, TASKS, TERA, TIMES, best_rates, chosen, each, finish,
                     print_table, run, save_csv, spread, tokens_of, train)
 
 BUDGETS = {"text4": 150 * TIMES * TERA, "text12": 150 * TIMES * TERA}  # FLOP
-RATES = pick((2e-3,), (1e-3, 2e-3, 4e-3))
+RATES = pick((2e-3,), (5e-4, 1e-3, 2e-3, 4e-3))
 SEEDS = SEEDS[:2]
 LOOPS = (1, 2, 3, 4, 6, 8, 12)
 FEWER, DEEPER = "MDM, the deeper one's steps", "deeper MDM"
