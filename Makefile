@@ -7,7 +7,7 @@
 # make experiments  what looping gains, with tables and plots: hours. QUICK=1 shows in a minute
 #                   that they work. TINYSTORIES=FILES adds real text, PUZZLES=FILES hard Sudoku
 # make bench        speed and memory beside PyTorch: an hour and more. QUICK=1: the main table
-# make models       trains the models of dev/models anew: half an hour with IN=bf16
+# make models       trains the models of dev/models anew: about an hour with IN=bf16
 # make web          builds the page in dev/demo/web again (clang, lld and wasi-libc)
 # make clean        removes what was built, the trained model too
 #
@@ -207,7 +207,7 @@ STORY = --fixed-rows --layers 4 --channels 76 --heads 2 --seq-len 96 --loop 1:3 
 	--batch 16 --steps 32000 --lr 2e-3 --warmup 1000 --noise-warmup 16000 --ema 0.999 \
 	--floor 0.01 --seed 2
 SUDOKU = --fixed-rows --layers 3 --channels 96 --heads 4 --seq-len 81 --loop 1:3 --max-loops 8 \
-	--batch 32 --steps 5000 --lr 2e-3 --warmup 500
+	--batch 32 --steps 25000 --lr 2e-3 --warmup 1000 --ema 0.999 --floor 0.01
 
 # wasm32-wasi is a system with files and no more, and of its files the page has none. clang would
 # keep thread-local variables if bulk-memory was on, and then it needs threads.

@@ -40,7 +40,7 @@ parser.add_argument("--jobs", type=int,
                     help="models at a time, each with one thread (default: one for each core)")
 parser.add_argument("--task",
                     choices=("sudoku", "stories", "tinystories", "nano", "rule30", "problems",
-                             "sudoku9", "text4", "text12"),
+                             "sudoku9", "text64", "text4", "text12"),
                     help="only this task, if an experiment has several")
 parser.add_argument("--puzzles", metavar="FILE", nargs="+", default=[],
                     help="9x9 Sudoku for chains.py: a puzzle, a comma and its solution a line")
@@ -121,6 +121,9 @@ PRESET_TEXT = pick(STORIES, files_in("build/tinystories4096"))
 TEXT = pick(STORIES, files_in("build/tinystories1024"))
 SMALL = {"layers": 4, "channels": pick(16, 64), "heads": 4, "loop": "1:3", "max-loops": 4,
          "lr": 2e-3, "batch": pick(4, 8)}
+# At first some tokens stay visible, see noise_warmup.py.
+LONGER = {**SMALL, "seq-len": 128, "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
+          "noise-warmup-share": 0.5}
 TASKS = {
     # There are 28,200,960 boards of 6x6. 1 % of the held-out boards are among the 300,000 of
     # training. Their entropy is log(28,200,960) for 36 cells.
@@ -147,13 +150,10 @@ TASKS = {
                     1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
                            "max-loops": 6, "batch": pick(4, 16 * WIDER),
                            "warmup-share": 0.1}, "nats per cell"),
-    # Text with shapes that gain by depth. At first some tokens stay visible, see noise_warmup.py.
-    "text4": Task(*TEXT, 2048, {**SMALL, "channels": pick(16, 256), "seq-len": 128,
-                                "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
-                                "noise-warmup-share": 0.5}),
-    "text12": Task(*TEXT, 2048, {**SMALL, "layers": 12, "channels": pick(16, 128), "seq-len": 128,
-                                 "batch": pick(4, 4 * WIDER), "warmup-share": 0.1,
-                                 "noise-warmup-share": 0.5}),
+    # More text, in other shapes.
+    "text64": Task(*TEXT, 2048, LONGER),
+    "text4": Task(*TEXT, 2048, {**LONGER, "channels": pick(16, 256)}),
+    "text12": Task(*TEXT, 2048, {**LONGER, "layers": 12, "channels": pick(16, 128)}),
 }
 
 
@@ -164,7 +164,7 @@ def chosen(*tasks):
     """
     if given.task not in (None, *tasks):
         parser.error(f"--task: this experiment has {', '.join(tasks)}")
-    text = pick(("tinystories",), ("tinystories", "nano", "text4", "text12"))
+    text = pick(("tinystories",), ("tinystories", "nano", "text64", "text4", "text12"))
     ready = [task for task in tasks
              if task not in text or not QUICK and os.path.exists(TASKS[task].data)]
     if given.task and given.task not in ready:

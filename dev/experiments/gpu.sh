@@ -4,9 +4,9 @@
 #
 #     TINYSTORIES="FILE ..." PUZZLES="FILE ..." bash dev/experiments/gpu.sh [TASK ...]
 #
-# TASK is rule30, problems, sudoku9, text12 or text4; without one they come in this order. The last
-# two need TINYSTORIES. The script needs nvcc, no network, and a PYTHON (python3) that has numpy,
-# matplotlib and tokenizers. JOBS (4) models are trained at a time.
+# TASK is rule30, problems, sudoku9, text12, text4 or text64; without one they come in this order.
+# The last three need TINYSTORIES. The script needs nvcc, no network, and a PYTHON (python3) that
+# has numpy, matplotlib and tokenizers. JOBS (4) models are trained at a time.
 #
 # After LIMIT seconds (480) it stops. The same command goes on from there: all models are in
 # build/experiments_bf16_cuda_x4. CSV files and figures go into OUT (dev/results), and tables are
@@ -23,13 +23,14 @@ mkdir -p "$OUT" build
 say() { echo "$@" | tee -a "$table"; }
 
 tasks=("$@")
-[ $# -gt 0 ] || tasks=(rule30 problems sudoku9 ${TINYSTORIES:+text12 text4} ${QUICK:+text12 text4})
-data=(build/stories_{train,val}.bin) # what the tasks need
+text="text12 text4 text64"
+[ $# -gt 0 ] || tasks=(rule30 problems sudoku9 ${TINYSTORIES:+$text} ${QUICK:+$text})
+data=(build/stories_{train,val}.bin) # what the tasks need; with QUICK text is stories too
 for task in "${tasks[@]}"; do
     case $task in
     rule30 | problems) data+=(build/${task}_{train,val}.bin) ;;
     sudoku9) data+=(build/sudoku9_{train,val}.bin build/puzzles9_{46,36,30,26}.bin) ;;
-    text12 | text4) [ "$QUICK" ] || data+=(build/tinystories1024/train.bin) ;; # else of stories
+    text64 | text4 | text12) [ "$QUICK" ] || data+=(build/tinystories1024/train.bin) ;;
     *) echo "gpu.sh: no task '$task'" >&2 && exit 2 ;;
     esac
 done

@@ -1,10 +1,11 @@
 """
 14. Text, again: what could make looping pay there?
 
-TinyStories, with shapes that gain by depth if any does: text4 has 4 layers of 256 channels, text12
-has 12 of 128. The MDM is compared with a deeper model, with a wide one that has the deeper one's
-parameters, and with looped ones. Those differ in the loops that they learn: from 1, as in the
-paper; from half of the most; always the same number; and in the number of looped layers.
+TinyStories, in three shapes: text64 has 4 layers of 64 channels and is trained until more steps
+change little; text4 has 4 of 256, and text12 12 of 128. The MDM is compared with a deeper model,
+with a wide one that has the deeper one's parameters, and with looped ones. Those differ in the
+loops that they learn: from 1, as in the paper; from half of the most; always the same number; and
+in the number of looped layers.
 
 All begin with visible tokens (see noise_warmup.py) and have the same training FLOPs, and each has
 the best of some learning rates. One more MDM has only as many steps as the deeper one, and as two
@@ -19,21 +20,31 @@ from common import (SEEDS, TASKS, TERA, TIMES, best_rates, chosen, each, finish,
                     loopmdm, loops_of, mean, mean_flops, nelbo, new_figure, of_seeds, pick, points,
                     print_table, run, save_csv, spread, tokens_of, train)
 
-BUDGETS = {"text4": 150 * TIMES * TERA, "text12": 150 * TIMES * TERA}  # FLOP
-RATES = pick((2e-3,), (5e-4, 1e-3, 2e-3, 4e-3))
+BUDGETS = {task: budget * TIMES * TERA
+           for task, budget in {"text64": 72, "text4": 150, "text12": 150}.items()}  # FLOP
+RATES = {task: pick((2e-3,), rates) for task, rates in {
+    "text64": (1e-3, 2e-3, 4e-3), "text4": (5e-4, 1e-3, 2e-3, 4e-3),
+    "text12": (5e-4, 1e-3, 2e-3, 4e-3)}.items()}
 SEEDS = SEEDS[:2]
 LOOPS = (1, 2, 3, 4, 6, 8, 12)
 FEWER, DEEPER = "MDM, the deeper one's steps", "deeper MDM"
 TOP, FIXED = {"loop_dist": "top"}, {"loop_dist": "fixed"}
+
+
+def four_layers(wide):
+    """Returns the models of 4 layers, and a wide one of so many channels."""
+    return {"MDM": {"loop": "0:0"},
+            DEEPER: {"loop": "0:0", "layers": 7},
+            "wide MDM": {"loop": "0:0", "channels": pick(24, wide)},
+            "two layers, S from 1 to 4": {"max_loops": 4},
+            "two layers, S from 2 to 4": {"max_loops": 4, **TOP},
+            "two layers, S = 3": {"max_loops": 3, **FIXED},
+            "one layer, S from 3 to 6": {"loop": "1:2", "max_loops": 6, **TOP}}
+
+
 MODELS = {
-    "text4": {
-        "MDM": {"loop": "0:0"},
-        DEEPER: {"loop": "0:0", "layers": 7},
-        "wide MDM": {"loop": "0:0", "channels": pick(24, 336)},
-        "two layers, S from 1 to 4": {"max_loops": 4},
-        "two layers, S from 2 to 4": {"max_loops": 4, **TOP},
-        "two layers, S = 3": {"max_loops": 3, **FIXED},
-        "one layer, S from 3 to 6": {"loop": "1:2", "max_loops": 6, **TOP}},
+    "text64": four_layers(80),
+    "text4": four_layers(336),
     "text12": {
         "MDM": {"loop": "0:0"},
         DEEPER: {"loop": "0:0", "layers": 15},
@@ -55,7 +66,7 @@ def parameters(r):
 
 
 def experiment(task):
-    _, best = best_rates(task, BUDGETS[task] / 4, MODELS[task], RATES, SEEDS)
+    _, best = best_rates(task, BUDGETS[task] / 4, MODELS[task], RATES[task], SEEDS)
     runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **changes)
             for name, changes in MODELS[task].items() for seed in SEEDS}
     share = mean_flops(runs["MDM", 1]) / mean_flops(runs[DEEPER, 1])
@@ -90,9 +101,9 @@ def experiment(task):
     points(ax, values)
     finish(ax, f"text_{task}", xlabel=f"NELBO, {TASKS[task].unit}",
            title=f"TinyStories, {TASKS[task].options['layers']} layers of "
-                 f"{TASKS[task].options['channels']} channels, equal FLOPs but the last")
+                 f"{TASKS[task].options['channels']} channels, equal FLOPs")
 
 
 if __name__ == "__main__":
-    for task in chosen("text4", "text12"):
+    for task in chosen("text64", "text4", "text12"):
         experiment(task)
