@@ -11,11 +11,11 @@ sudoku9: 9x9 boards (dev/data/sudoku.c) and puzzles.
 
 All blanks are filled in greedily, by confidence.
 
-The models are an MDM, LoopMDM with the same parameters (S drawn from 1 to 6), and a deeper MDM
-whose training step costs as much as LoopMDM's mean step. All have the same training FLOPs; what a
-denoising step costs differs, and the tables have it. The highest learning rate of each is the best
-of four or five: with a quarter of the FLOPs, two seeds (rule30: one), LoopMDM with S=6, and other
-masks of the same held-out sequences.
+The models are an MDM, LoopMDM with the same parameters (S drawn from 1 to 6; sudoku9: to 8), and a
+deeper MDM whose training step costs as much as LoopMDM's mean step. All have the same training
+FLOPs; what a denoising step costs differs, and the tables have it. The highest learning rate of
+each is the best of three to five: with a quarter of the FLOPs (sudoku9: a twelfth), two seeds
+(rule30: one), LoopMDM with its most loops, and other masks of the same held-out sequences.
 """
 import array
 import functools
@@ -28,11 +28,13 @@ from common import (SEEDS, TASKS, TERA, TIMES, WORK, Failure, ask, best_rates, c
                     train)
 
 BUDGETS = {task: budget * TIMES * TERA
-           for task, budget in {"rule30": 36, "problems": 72, "sudoku9": 120}.items()}
-MODELS = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": 9}, "LoopMDM": {}}
+           for task, budget in {"rule30": 36, "problems": 72, "sudoku9": 360}.items()}
+SHARES = {"rule30": 4, "problems": 4, "sudoku9": 12}  # the search has 1/SHARES of it for each model
+MODELS = ("MDM", "deeper MDM", "LoopMDM")
+DEEPER = {"rule30": 9, "problems": 9, "sudoku9": 10}  # layers
 RATES = {task: pick((2e-3,), rates) for task, rates in {
     "rule30": (2e-3, 4e-3, 8e-3, 1.6e-2), "problems": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    "sudoku9": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}.items()}
+    "sudoku9": (1e-3, 2e-3, 4e-3)}.items()}
 LOOPS = pick((1, 2), (1, 2, 4, 6, 8, 12, 24))
 STEPS = pick((1, 2), (1, 2, 5, 10, 20))
 CELLS, ROWS = 16, 10  # of rule30
@@ -59,12 +61,14 @@ def puzzles():
     return files
 
 
-def models(task, names=tuple(MODELS)):
+def models(task, names=MODELS):
     """Returns ({(model, seed): run}, {model: its learning rate}) of these models, trained."""
     seeds = SEEDS[:1 if task == "rule30" else 2]
-    _, best = best_rates(task, BUDGETS[task] / 4, {name: MODELS[name] for name in names},
-                         RATES[task], seeds)
-    runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **MODELS[name])
+    changes = {"MDM": {"loop": "0:0"}, "deeper MDM": {"loop": "0:0", "layers": DEEPER[task]},
+               "LoopMDM": {}}
+    _, best = best_rates(task, BUDGETS[task] / SHARES[task],
+                         {name: changes[name] for name in names}, RATES[task], seeds)
+    runs = {(name, seed): run(task, BUDGETS[task], seed, lr=best[name], **changes[name])
             for name in names for seed in SEEDS}
     train(runs.values())
     return runs, best
@@ -134,10 +138,10 @@ def show_table(runs, results, title, columns):
                  for model in MODELS for S in loops_of(runs[model, 1])])
 
 
-def draw_models(ax, results, points):
-    """Draws a line for each model, LoopMDM with S=6. points: {x: (what, steps)}."""
+def draw_models(ax, runs, results, points):
+    """Draws a line for each model, LoopMDM with its most loops. points: {x: (what, steps)}."""
     for i, model in enumerate(MODELS):
-        S = pick(2, 6) if model == "LoopMDM" else 1
+        S = min(runs[model, 1].max_loops, LOOPS[-1])
         line(ax, i, label(model, S),
              {x: [100 * results[model, seed][what, S, steps] for seed in SEEDS]
               for x, (what, steps) in points.items()})
@@ -152,11 +156,11 @@ def show_rule30(runs, results, left, right):
                {f"row {k}": at for k, at in rows.items()})
     show_table(runs, results, "rule30: all rows right",
                {f"steps {k}": at for k, at in whole.items()})
-    draw_models(left, results, rows)
+    draw_models(left, runs, results, rows)
     left.set(xlabel="row: conclusions one after the other", ylabel="right in one step, %",
              xticks=list(rows))
     left.legend(loc="lower left", fontsize=9)
-    draw_models(right, results, whole)
+    draw_models(right, runs, results, whole)
     log_axis(right, STEPS)
     right.set(xlabel="denoising steps", ylabel="all ten rows right, %")
     left.figure.suptitle("Rule 30: each row follows from the one before it")
@@ -167,11 +171,11 @@ def show_problems(runs, results, left, right):
     for kind in problems():
         show_table(runs, results, f"Word problems, {kind}: answered right",
                    {f"steps {steps}": (kind, steps) for steps in STEPS})
-    draw_models(left, results, {k: (kind, 1) for k, kind in zip(CALCULATIONS, problems())})
+    draw_models(left, runs, results, {k: (kind, 1) for k, kind in zip(CALCULATIONS, problems())})
     left.set(xlabel="calculations in a problem", ylabel="answered right in one step, %",
              xticks=CALCULATIONS)
     left.legend()
-    draw_models(right, results, {steps: (kind, steps) for steps in STEPS})
+    draw_models(right, runs, results, {steps: (kind, steps) for steps in STEPS})
     log_axis(right, STEPS)
     right.set(xlabel="denoising steps", ylabel=f"answered right, {kind}, %")
     left.figure.suptitle("Word problems")
@@ -183,7 +187,7 @@ def show_sudoku9(runs, results, left, right):
         show_table(runs, results, f"9x9 Sudoku, {kind}: solved",
                    {f"steps {steps}": (kind, steps) for steps in STEPS})
     kind = "30 givens"
-    draw_models(left, results, {steps: (kind, steps) for steps in STEPS})
+    draw_models(left, runs, results, {steps: (kind, steps) for steps in STEPS})
     log_axis(left, STEPS)
     left.set(xlabel="denoising steps", ylabel="solved, %")
     left.legend()

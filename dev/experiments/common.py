@@ -147,9 +147,9 @@ TASKS = {
                       "channels": pick(16, 128), "batch": pick(4, 16 * WIDER),
                       "warmup-share": 0.1}, "nats per token after the question"),
     "sudoku9": Task("build/sudoku9_train.bin", "build/sudoku9_val.bin", "build/sudoku9_train.tok",
-                    1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "channels": pick(16, 128),
-                           "max-loops": 6, "batch": pick(4, 16 * WIDER),
-                           "warmup-share": 0.1}, "nats per cell"),
+                    1024, {**SMALL, "fixed-rows": "", "seq-len": 81, "layers": 3,
+                           "channels": pick(16, 96), "max-loops": 8, "batch": pick(4, 32 * WIDER),
+                           "warmup-share": 0.05, "ema": 0.999, "floor": 0.01}, "nats per cell"),
     # More text, in other shapes.
     "text64": Task(*TEXT, 2048, LONGER),
     "text4": Task(*TEXT, 2048, {**LONGER, "channels": pick(16, 256)}),
