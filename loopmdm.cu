@@ -35,17 +35,18 @@ CPU: see dev/cuda_on_cpu/cuda_on_cpu.h.
 #ifndef PROFILE
 #define PROFILE 0
 #endif
-#if !defined(HOPPER) && !defined(__CUDACC__)
-#define HOPPER BF16 // the emulation has both kinds of kernels
-#endif
 
 #ifdef __CUDACC__
+#ifndef HOPPER
+#define HOPPER 0
+#endif
 #include "dev/ptx.h"
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: \
 make loopmdm_cuda GPU=sm_90a"
 #endif
 #else
+#define HOPPER BF16 // the emulation has both kinds of kernels
 #include "dev/cuda_on_cpu/cuda_on_cpu.h"
 #endif
 
@@ -372,23 +373,28 @@ matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int 
             for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
                 int row = i0 + i_warp + i * 16 + lane / 4 + half * 8;
                 int column = j0 + j_warp + j * 8 + lane % 4 * 2;
-                float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
-                if (row < M && column < N) epilogue(blockIdx.z * M + row, column, pair);
+                float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]}, read[2];
+                if (row >= M || column >= N) continue;
+                epilogue.read(read, blockIdx.z * M + row, column);
+                epilogue(blockIdx.z * M + row, column, pair, read);
             }
 }
 
 // ---- epilogues: what happens to C ----
 //
 // They get N neighbours, from C(i,j) on. ld, the distance of rows, is a multiple of N. Where the
-// number of columns is not, they store up to N - 1 more.
+// number of columns is not, they store up to N - 1 more. read() comes before: it loads what else is
+// needed, so that a kernel can ask for many of these before it stores anything.
 
 template <class T> struct Store { // out = C + bias (columns), or without bias if it is NULL
     T *out;
     int ld;
     const float *bias;
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
-        float b[N] = {};
+    template <int N> __device__ void read(float (&b)[N], int, int j) const {
+        for (int e = 0; e < N; e++) b[e] = 0;
         if (bias) load(b, bias + j);
+    }
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&b)[N]) const {
         for (int e = 0; e < N; e++) x[e] += b[e];
         store(out + (size_t)i * ld + j, x);
     }
@@ -398,8 +404,9 @@ struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
     floatX *out, *inp;
     int ld;
     const float *bias;
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
-        Store<floatX>{inp, ld, bias}(i, j, x);
+    template <int N> __device__ void read(float (&b)[N], int, int j) const { load(b, bias + j); }
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&b)[N]) const {
+        Store<floatX>{inp, ld, NULL}(i, j, x, b);
         for (int e = 0; e < N; e++) x[e] = gelu(x[e]);
         store(out + (size_t)i * ld + j, x);
     }
@@ -409,9 +416,10 @@ struct StoreGeluBackward { // dinp = C gelu'(inp)
     floatX *dinp;
     const floatX *inp;
     int ld;
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
-        float u[N];
+    template <int N> __device__ void read(float (&u)[N], int i, int j) const {
         load(u, inp + (size_t)i * ld + j);
+    }
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
         for (int e = 0; e < N; e++) x[e] *= gelu_gradient(u[e]);
         store(dinp + (size_t)i * ld + j, x);
     }
@@ -421,9 +429,11 @@ struct StoreResidual { // out = inp + C + bias
     float *out;
     const float *inp, *bias;
     int ld;
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
-        float u[N], b[N];
+    template <int N> __device__ void read(float (&u)[N], int i, int j) const {
         load(u, inp + (size_t)i * ld + j);
+    }
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
+        float b[N];
         load(b, bias + j);
         for (int e = 0; e < N; e++) x[e] = u[e] + (x[e] + b[e]);
         store(out + (size_t)i * ld + j, x);
@@ -433,9 +443,10 @@ struct StoreResidual { // out = inp + C + bias
 struct Accumulate { // out += C
     float *out;
     int ld;
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N]) const {
-        float u[N];
+    template <int N> __device__ void read(float (&u)[N], int i, int j) const {
         load(u, out + (size_t)i * ld + j);
+    }
+    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
         for (int e = 0; e < N; e++) x[e] += u[e];
         store(out + (size_t)i * ld + j, x);
     }
@@ -466,10 +477,10 @@ static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *
                      int M, int N, int K, int depth) {
     auto kernel = multiply_mma<TRANS_A, TRANS_B, Epilogue>;
 #if HOPPER
-    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 256) * 256; // 96: if it saves 15 %
+    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 128) * 128; // 96: if it saves 15 %
     if (hopper_can(a, lda, b, ldb, epilogue.ld))
         kernel = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
-                        : multiply_hopper<256, TRANS_A, TRANS_B, Epilogue>;
+                        : multiply_hopper<128, TRANS_A, TRANS_B, Epilogue>;
 #endif
     kernel(epilogue, a, lda, b, ldb, M, N, K, depth);
 }
@@ -479,13 +490,16 @@ typedef struct { float *memory; size_t size; int blocks; } Parts;
 
 // Into how many parts to split sums over K, for a result of this size in so many tiles: the last
 // round of tiles should be full too, and no part shorter than 256. Example: 150 tiles on a GPU
-// that makes 100 at a time take 2 rounds; split in 2 they take 3 rounds of half the length.
-static int choose_splits(Parts parts, int tiles, int K, size_t size) {
+// that makes 100 at a time take 2 rounds; split in 2 they take 3 rounds of half the length. To
+// write a part and to add it up takes part_cost of such a round.
+static int choose_splits(Parts parts, int tiles, int K, size_t size, double part_cost) {
     int most = (int)fmin(fmin(K / 256, parts.blocks), (double)(parts.size / size)), best = 1;
+    if (most < 2) return 1;
     double lowest = blocks(tiles, parts.blocks); // the cost in rounds, if nothing is split
     for (int splits = 2; splits <= most; splits++) {
-        double cost = blocks((size_t)tiles * splits, parts.blocks) / (double)splits;
-        if (cost < 0.95 * lowest) { // it must gain something: adding up the parts takes time too
+        double rounds = blocks((size_t)tiles * splits, parts.blocks) / (double)splits;
+        double cost = rounds + splits * part_cost;
+        if (cost < 0.95 * lowest) { // what gains little is not worth a launch
             lowest = cost;
             best = splits;
         }
@@ -500,9 +514,10 @@ __global__ void sum_parts_kernel(Epilogue epilogue, const float *parts, int M, i
                                  int splits) {
     int n = M * ld, at = (int)thread_index(), i = at / ld, j = at % ld;
     if (at >= n || j >= N) return; // the last block may have more threads than there are numbers
-    float sum[1] = {parts[at]};
+    float sum[1] = {parts[at]}, read[1];
     for (int z = 1; z < splits; z++) sum[0] += parts[(size_t)z * n + at];
-    epilogue(i, j, sum);
+    epilogue.read(read, i, j);
+    epilogue(i, j, sum, read);
 }
 
 template <class Epilogue>
@@ -516,10 +531,13 @@ static void sum_parts(Epilogue epilogue, const float *parts, int M, int N, int l
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
 static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
                    int M, int N, int K, Parts parts) {
-    // Hopper's tiles are twice as large, and half as many run at a time: as many rounds.
-    // Parts begin at multiples of 64, what it loads at a time: it would run into the next part.
+    if (HOPPER && this_gpu()->major == 9) parts.blocks /= 2; // one on each, and twice as fast
     int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, TILE);
-    int depth = blocks(blocks(K, choose_splits(parts, tiles, K, (size_t)M * ld)), 64) * 64;
+    // A number of a part takes 8 bytes of traffic, in which time 1600 operations could be done.
+    double part_cost = 1600 / (2.0 * K) * tiles / parts.blocks;
+    int splits = choose_splits(parts, tiles, K, (size_t)M * ld, part_cost);
+    // Parts begin at multiples of 64, what Hopper loads at a time: it would run into the next part.
+    int depth = blocks(blocks(K, splits), 64) * 64;
     if (depth >= K) {
         multiply<TRANS_A, TRANS_B>(epilogue, a, lda, b, ldb, M, N, K, depth);
         return;
@@ -534,7 +552,7 @@ static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b,
 // out = epilogue(inp (M,C) weight^T), weight (OC,C)
 template <class Epilogue> static void
 matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int C, int OC) {
-    Parts none = {NULL, 0, 1};
+    Parts none = {NULL, 0, 2};
     matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
@@ -548,6 +566,7 @@ __global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int 
     int column = (blockIdx.x * WARP + lane) * W, each = blocks(M, gridDim.y); // rows of a part
     int begin = blockIdx.y * each, end = min(M, begin + each);
     float sum[W] = {};
+#pragma unroll 8 // many loads at a time
     for (int i = begin + warp; i < end && column < N; i += THREADS / WARP) {
         float row[W];
         load(row, inp + (size_t)i * ld + column);
@@ -560,7 +579,9 @@ __global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int 
     if (warp > 0 || column >= N) return;
     for (int w = 1; w < THREADS / WARP; w++)
         for (int e = 0; e < W; e++) sum[e] += sums[w][lane * W + e];
-    epilogue(blockIdx.y, column, sum);
+    float read[W];
+    epilogue.read(read, blockIdx.y, column);
+    epilogue(blockIdx.y, column, sum, read);
 }
 
 template <class T, class Epilogue>
@@ -576,7 +597,7 @@ static void column_sums(Epilogue epilogue, const T *inp, int ld, int M, int N, i
 template <class T>
 static void add_column_sums(float *out, const T *inp, int ld, int M, int N, Parts parts) {
     parts.blocks *= 4; // these blocks are small: four times as many run at a time
-    int splits = choose_splits(parts, blocks(N, WARP * 4), M, N);
+    int splits = choose_splits(parts, blocks(N, WARP * 4), M, N, 0);
     Store<float> to_parts = {parts.memory, N, NULL};
     column_sums(to_parts, inp, ld, M, N, splits);
     column_sums(Accumulate{out, N}, parts.memory, N, splits, N, 1);
@@ -688,6 +709,7 @@ __global__ void wte_backward_kernel(float *dwte, const float *dout, const int *x
         if (same) found[before + __popc(votes & ((1u << lane) - 1))] = j; // after lower lanes' ones
         __syncthreads();
 
+#pragma unroll 8 // many loads at a time: there may be thousands of MASK
         for (int k = thread / CHANNELS; k < n && c < C; k += TOGETHER)
             sum += dout[(size_t)found[k] * C + c];
     }
@@ -719,20 +741,32 @@ static void encoder_backward(float *dwte, float *dwpe, const float *dout, const 
 
 // ---- layer normalization ----
 
-// Grid: M / 8. Block: THREADS, a warp for each row.
+// Grid: M / 8. Block: THREADS, a warp for each row, a lane for N neighbours at a time.
+template <int N>
 __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd, const float *inp,
                                          const float *weight, const float *bias, int M, int C) {
     int i = (int)(thread_index() / WARP), lane = threadIdx.x % WARP;
     if (i >= M) return;
-    const float *x = inp + (size_t)i * C;
-    float sum = 0, squares = 0;
-    for (int c = lane; c < C; c += WARP) sum += x[c];
+    const float *row = inp + (size_t)i * C;
+    float sum = 0, squares = 0, x[N], w[N], b[N];
+    for (int c = lane * N; c < C; c += WARP * N) {
+        load(x, row + c);
+        for (int e = 0; e < N; e++) sum += x[e];
+    }
     float m = warp_sum(sum) / C;
-    for (int c = lane; c < C; c += WARP) squares += (x[c] - m) * (x[c] - m);
+    for (int c = lane * N; c < C; c += WARP * N) {
+        load(x, row + c);
+        for (int e = 0; e < N; e++) squares += (x[e] - m) * (x[e] - m);
+    }
     float s = 1 / sqrtf(warp_sum(squares) / C + 1e-5f); // 1e-5: no division by zero
 
-    for (int c = lane; c < C; c += WARP)
-        out[(size_t)i * C + c] = (floatX)((x[c] - m) * s * weight[c] + bias[c]);
+    for (int c = lane * N; c < C; c += WARP * N) {
+        load(x, row + c);
+        load(w, weight + c);
+        load(b, bias + c);
+        for (int e = 0; e < N; e++) x[e] = (x[e] - m) * s * w[e] + b[e];
+        store(out + (size_t)i * C + c, x);
+    }
     if (lane == 0) {
         mean[i] = m;
         rstd[i] = s;
@@ -742,7 +776,8 @@ __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd, 
 static void layernorm_forward(floatX *out, float *mean, float *rstd, const float *inp,
                               const float *weight, const float *bias, int M, int C) {
     int grid = blocks(M, THREADS / WARP);
-    layernorm_forward_kernel<<<grid, THREADS>>>(out, mean, rstd, inp, weight, bias, M, C);
+    auto kernel = C % 4 == 0 ? layernorm_forward_kernel<4> : layernorm_forward_kernel<1>;
+    kernel<<<grid, THREADS>>>(out, mean, rstd, inp, weight, bias, M, C);
     launched("layernorm_forward");
 }
 
@@ -751,7 +786,9 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, const float
 // dinpx (M,C) is a copy of the sum for the next matrix product. Each block has a part of the rows,
 // and leaves its part of dweight and dbias in parts (blocks,2,C). It takes 8 rows at a time: first
 // each warp sums one up, then each thread has columns of all.
+// A lane or thread has N neighbours at a time.
 // Grid: any. Block: THREADS. Shared memory: (2,C) floats.
+template <int N>
 __global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *parts,
                                           const floatX *dout, const float *inp, const float *weight,
                                           const float *mean, const float *rstd, int M, int C) {
@@ -759,17 +796,21 @@ __global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *par
     __shared__ float of_row[THREADS / WARP][4]; // mean, rstd, mean(g), mean(g xhat)
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, each = blocks(M, gridDim.x);
     int begin = blockIdx.x * each, end = min(M, begin + each);
+    float dy[N], x[N], w[N], dx[N];
     for (int c = threadIdx.x; c < 2 * C; c += THREADS) sums[c] = 0;
 
     for (int i0 = begin; i0 < end; i0 += THREADS / WARP) {
         int i = i0 + warp;
         if (i < end) {
-            size_t row = (size_t)i * C;
             float m = mean[i], s = rstd[i], g = 0, gx = 0;
-            for (int c = lane; c < C; c += WARP) {
-                float dy = (float)dout[row + c] * weight[c];
-                g += dy;
-                gx += dy * (inp[row + c] - m) * s;
+            for (int c = lane * N; c < C; c += WARP * N) {
+                load(dy, dout + (size_t)i * C + c);
+                load(x, inp + (size_t)i * C + c);
+                load(w, weight + c);
+                for (int e = 0; e < N; e++) {
+                    g += dy[e] * w[e];
+                    gx += dy[e] * w[e] * (x[e] - m) * s;
+                }
             }
             float four[4] = {m, s, warp_sum(g) / C, warp_sum(gx) / C};
             if (lane < 4) of_row[warp][lane] = four[lane];
@@ -777,20 +818,28 @@ __global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *par
         __syncthreads(); // all rows are summed up
 
         int rows = min(THREADS / WARP, end - i0);
-        for (int c = threadIdx.x; c < C; c += THREADS) { // the same thread each time
-            float dw = 0, db = 0;
+        for (int c = threadIdx.x * N; c < C; c += THREADS * N) { // the same thread each time
+            float dw[N] = {}, db[N] = {};
+            load(w, weight + c);
             for (int r = 0; r < rows; r++) {
-                const float *x = of_row[r];
+                const float *row = of_row[r];
                 size_t at = (size_t)(i0 + r) * C + c;
-                float dy = (float)dout[at], xhat = (inp[at] - x[0]) * x[1];
-                float dx = dinp[at] + x[1] * (dy * weight[c] - x[2] - xhat * x[3]);
-                dinp[at] = dx;
-                dinpx[at] = (floatX)dx;
-                dw += dy * xhat;
-                db += dy;
+                load(dy, dout + at);
+                load(x, inp + at);
+                load(dx, dinp + at);
+                for (int e = 0; e < N; e++) {
+                    float xhat = (x[e] - row[0]) * row[1];
+                    dx[e] += row[1] * (dy[e] * w[e] - row[2] - xhat * row[3]);
+                    dw[e] += dy[e] * xhat;
+                    db[e] += dy[e];
+                }
+                store(dinp + at, dx);
+                store(dinpx + at, dx);
             }
-            sums[c] += dw;
-            sums[C + c] += db;
+            for (int e = 0; e < N; e++) {
+                sums[c + e] += dw[e];
+                sums[C + c + e] += db[e];
+            }
         }
         __syncthreads(); // all are done with these rows
     }
@@ -804,9 +853,10 @@ static void layernorm_backward(float *dinp, floatX *dinpx, float *dweight, float
     int most = (int)min((size_t)2 * parts.blocks, parts.size / (2 * C));
     int grid = min(most, blocks(M, THREADS / WARP));
     size_t shared = 2 * C * sizeof(float);
-    allow_shared(layernorm_backward_kernel, shared, "layernorm_backward");
-    layernorm_backward_kernel<<<grid, THREADS, shared>>>(dinp, dinpx, parts.memory, dout, inp,
-                                                         weight, mean, rstd, M, C);
+    auto kernel = C % 4 == 0 ? layernorm_backward_kernel<4> : layernorm_backward_kernel<1>;
+    allow_shared(kernel, shared, "layernorm_backward");
+    kernel<<<grid, THREADS, shared>>>(dinp, dinpx, parts.memory, dout, inp, weight, mean, rstd,
+                                      M, C);
     launched("layernorm_backward");
     column_sums(Accumulate{dweight, C}, parts.memory, 2 * C, grid, C, 1);
     column_sums(Accumulate{dbias, C}, parts.memory + C, 2 * C, grid, C, 1);
@@ -907,22 +957,28 @@ void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, i
         }
 }
 
+// Sets p (16,8N) to x in the columns from `begin` on.
+template <int N> __device__ static inline void set_beyond(float (&p)[N][4], int begin, float x) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (j * 8 + (int)threadIdx.x % 4 * 2 + e % 2 >= begin) p[j][e] = x;
+}
+
 // One step of the online softmax, for a warp's 16 queries and so many keys of KEYS. p (16,KEYS) are
 // scores without scale2, and become probabilities. y, the output so far, and sum are scaled down if
 // a larger score comes. largest and sum are of queries lane / 4, and that + 8; sum is of this lane.
 template <int D> __device__ static inline
-void online_softmax(float p[KEYS / 8][4], float y[D / 8][4], float largest[2], float sum[2],
+void online_softmax(float (&p)[KEYS / 8][4], float y[D / 8][4], float largest[2], float sum[2],
                     float scale2, int keys) {
-    int lane = threadIdx.x % WARP;
+    if (keys < KEYS) set_beyond(p, keys, -INFINITY);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m = largest[half], s = 0;
 #pragma unroll
-        for (int j = 0; j < KEYS / 4; j++) { // the lane's scores of one query
-            float *x = &p[j / 2][2 * half + j % 2];
-            if (j / 2 * 8 + lane % 4 * 2 + j % 2 >= keys) *x = -INFINITY;
-            m = fmaxf(m, *x);
-        }
+        for (int j = 0; j < KEYS / 4; j++) // the lane's scores of one query
+            m = fmaxf(m, p[j / 2][2 * half + j % 2]);
         m = fmaxf(m, __shfl_xor_sync(ALL, m, 1)); // four lanes share a query
         m = fmaxf(m, __shfl_xor_sync(ALL, m, 2));
 
@@ -953,7 +1009,7 @@ void store_softmax(floatX *out, size_t ld, float *lse, float y[D / 8][4], const 
         s += __shfl_xor_sync(ALL, s, 2);
         if (lane % 4 == 0 && row < rows) lse[row] = largest[half] * scale2 + log2f(s);
 #pragma unroll
-        for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] /= s;
+        for (int d = 0; d < D / 4; d++) y[d / 2][2 * half + d % 2] *= 1 / s;
     }
     store_rows<D>(out, ld, y, rows, columns);
 }
@@ -1013,29 +1069,31 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
 // lse_delta (B,NH,tiles * ATTN_ROWS,2) = lse, and delta = sum(p dp) over the keys of a query. This
 // is the sum of dout out over the head's channels, because dp_j = dout v_j and out = sum(p_j v_j).
 // For queries beyond the last lse is infinite, which makes their p zero.
-// Grid: B * NH * tiles * ATTN_ROWS / 8. Block: THREADS, a warp for each query.
+// Grid: B * NH * tiles * ATTN_ROWS / 32. Block: THREADS, 8 lanes for each query. A lane has N
+// neighbouring channels at a time.
+template <int N>
 __global__ void attention_delta_kernel(float *lse_delta, const float *lse, const floatX *dout,
                                        const floatX *out, int T, int C, int NH) {
     int padded_T = attention_tiles(T) * ATTN_ROWS, size = C / NH;
-    int n = (int)(thread_index() / WARP), lane = threadIdx.x % WARP;
-    int bh = n / padded_T, t = n % padded_T; // the number of warps has no remainder
+    int n = (int)(thread_index() / 8), lane = threadIdx.x % 8;
+    int bh = n / padded_T, t = n % padded_T; // the number of queries has no remainder
     size_t at = ((size_t)(bh / NH) * T + t) * C + bh % NH * size;
-    float sum = 0;
-    for (int d = lane; d < size && t < T; d += WARP)
-        sum += (float)dout[at + d] * (float)out[at + d];
-    float both[2] = {t < T ? lse[(size_t)bh * T + t] : INFINITY, warp_sum(sum)};
+    float both[2] = {t < T ? lse[(size_t)bh * T + t] : INFINITY, 0};
+    for (int d = lane * N; d < size && t < T; d += 8 * N) {
+        float dy[N], y[N];
+        load(dy, dout + at + d);
+        load(y, out + at + d);
+        for (int e = 0; e < N; e++) both[1] += dy[e] * y[e];
+    }
+    for (int i = 4; i > 0; i /= 2) both[1] += __shfl_xor_sync(ALL, both[1], i);
     if (lane == 0) store(lse_delta + 2 * (size_t)n, both);
 }
 
-// How many queries, or keys, to load at a time. Heads of 128 in fp32 then take all of the 99 KiB
-// that the smallest GPUs (8.6, 8.9, 12.0) give a block.
-HOST_DEVICE static constexpr int queries_at_a_time(int D) {
+// How many queries (of keys) or keys to load at a time. Heads of 128 in fp32 then take all of the
+// 99 KiB that the smallest GPUs (8.6, 8.9, 12.0) give a block.
+HOST_DEVICE static constexpr int others_at_a_time(int D, bool of_keys) {
     if (D > 64) return 16;
-    return BF16 || D < 64 ? 64 : 32;
-}
-
-HOST_DEVICE static constexpr int keys_at_a_time(int D) {
-    if (D > 64) return 16;
+    if (of_keys) return BF16 || D < 64 ? 64 : 32;
     return D <= 32 ? 64 : 32;
 }
 
@@ -1061,115 +1119,69 @@ void multiply_rows(float p[N / 8][4], const floatX *a1, const floatX *b1,
     }
 }
 
-// Starts to load positions t .. t+N-1 of one head of x and of y into two tiles (N,D), one after the
-// other. The rows of x are ldx apart, those of y ldy.
-template <int D, int N> __device__ static inline
-void load_two(floatX *tiles, const floatX *x, size_t ldx, const floatX *y, size_t ldy,
-              int t, int T, int size) {
-    if (t < T) {
-        load_tile<N, D>(tiles, x + t * ldx, ldx, T - t, size);
-        load_tile<N, D>(tiles + N * (D + PAD), y + t * ldy, ldy, T - t, size);
-    }
-    cp_async_commit(); // an empty group counts too
-}
-
-// dk and dv. The rows of p and dscores are the block's keys here, the columns are queries.
-// Grid: B * NH * attention_tiles(T), a block for 64 keys of a head. Block: ATTN_THREADS.
-template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
-attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
-                             const float *lse_delta, float scale, int T, int C, int NH) {
-    enum { LD = D + PAD, N = queries_at_a_time(D) };
+// dk and dv of the block's keys from all queries; or, with OF_KEYS false, dq of the block's queries
+// from all keys. x1, x2 are tiles of the block's own, k and v or q and dout; y1, y2 of the other
+// two. The block's own positions are the rows of p and dscores.
+// Grid: B * NH * attention_tiles(T), a block for 64 positions of a head. Block: ATTN_THREADS.
+template <int D, bool OF_KEYS> __global__ void __launch_bounds__(ATTN_THREADS)
+attention_backward_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                          const float *lse_delta, float scale, int T, int C, int NH) {
+    enum { LD = D + PAD, N = others_at_a_time(D, OF_KEYS) };
     extern __shared__ __align__(16) floatX tiles[];
-    floatX *kt = tiles, *vt = kt + ATTN_ROWS * LD;
-    floatX *ring = vt + ATTN_ROWS * LD; // two places, each for q and dout of N queries
+    floatX *x1 = tiles, *x2 = x1 + ATTN_ROWS * LD;
+    floatX *ring = x2 + ATTN_ROWS * LD; // two places, each for N positions of y1 and y2
     int bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, size = C / NH;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS, t_warp = t0 + warp * 16;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     const floatX *dy = dout + (size_t)b * T * C + h * size;
-    float scale2 = scale * 1.44269504f, dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    int ldx = OF_KEYS ? 3 * C : C, ldy = OF_KEYS ? C : 3 * C; // of x2 and y2
+    float scale2 = scale * 1.44269504f, dk_or_dq[D / 8][4] = {}, dv[OF_KEYS ? D / 8 : 1][4] = {};
+    float own[2][2]; // lse and delta of the block's queries lane / 4, and that + 8
     lse_delta += (size_t)bh * attention_tiles(T) * ATTN_ROWS * 2;
+    for (int half = 0; half < 2; half++)
+        load(own[half], lse_delta + (t_warp + lane / 4 + half * 8) * 2);
 
-    load_tile<ATTN_ROWS, D>(kt, k + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
-    load_tile<ATTN_ROWS, D>(vt, v + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
-    load_two<D, N>(ring, q, 3 * C, dy, C, 0, T, size);
-    for (int i0 = 0; i0 < T; i0 += N) {
-        floatX *qt = ring + i0 / N % 2 * 2 * N * LD, *dyt = qt + N * LD;
-        floatX *next = ring + (i0 / N + 1) % 2 * 2 * N * LD;
-        load_two<D, N>(next, q, 3 * C, dy, C, i0 + N, T, size);
-        cp_async_wait<1>(); // these queries are there, the next may be on their way
+    auto load_next = [&](int u) { // positions u .. u+N-1 of y1 and y2
+        floatX *to = ring + u / N % 2 * 2 * N * LD;
+        if (u < T) {
+            const floatX *y1 = OF_KEYS ? q : k, *y2 = OF_KEYS ? dy : v;
+            load_tile<N, D>(to, y1 + (size_t)u * 3 * C, 3 * C, T - u, size);
+            load_tile<N, D>(to + N * LD, y2 + (size_t)u * ldy, ldy, T - u, size);
+        }
+        cp_async_commit(); // an empty group counts too
+    };
+    load_tile<ATTN_ROWS, D>(x1, (OF_KEYS ? k : q) + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
+    load_tile<ATTN_ROWS, D>(x2, (OF_KEYS ? v : dy) + (size_t)t0 * ldx, ldx, T - t0, size);
+    load_next(0);
+    for (int u0 = 0; u0 < T; u0 += N) {
+        const floatX *y1 = ring + u0 / N % 2 * 2 * N * LD, *y2 = y1 + N * LD;
+        load_next(u0 + N);
+        cp_async_wait<1>(); // these positions are there, the next may be on their way
         __syncthreads();
 
         float p[N / 8][4] = {}, dscores[N / 8][4] = {}; // first scores and dp
-        multiply_rows<D, N>(p, kt + warp * 16 * LD, qt, dscores, vt + warp * 16 * LD, dyt);
+        multiply_rows<D, N>(p, x1 + warp * 16 * LD, y1, dscores, x2 + warp * 16 * LD, y2);
+        if (!OF_KEYS && T - u0 < N) set_beyond(p, T - u0, -INFINITY);
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
-            float queries[4]; // lse and delta of two
-            load(queries, lse_delta + 2 * (i0 + j * 8 + lane % 4 * 2));
+            float others[4]; // lse and delta of two queries
+            if (OF_KEYS) load(others, lse_delta + 2 * (u0 + j * 8 + lane % 4 * 2));
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float *query = queries + e % 2 * 2;
+                const float *query = OF_KEYS ? others + e % 2 * 2 : own[e / 2];
                 p[j][e] = exp_2(p[j][e] * scale2 - query[0]);
                 dscores[j][e] = scale * p[j][e] * (dscores[j][e] - query[1]);
             }
         }
-        multiply<D, N>(dk, dscores, qt);
-        multiply<D, N>(dv, p, dyt);
+        multiply<D, N>(dk_or_dq, dscores, y1);
+        if constexpr (OF_KEYS) multiply<D, N>(dv, p, y2);
 
-        __syncthreads(); // all are done with these queries: others may take their place
+        __syncthreads(); // all are done with these positions: others may take their place
     }
     floatX *to = dqkv + ((size_t)b * T + t_warp) * 3 * C + h * size;
-    store_rows<D>(to + C, 3 * C, dk, T - t_warp, size);
-    store_rows<D>(to + 2 * C, 3 * C, dv, T - t_warp, size);
-}
-
-// dq. The rows of p and dscores are the block's queries here, the columns are keys.
-// Grid: B * NH * attention_tiles(T), a block for 64 queries of a head. Block: ATTN_THREADS.
-template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
-attention_backward_q_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
-                            const float *lse_delta, float scale, int T, int C, int NH) {
-    enum { LD = D + PAD, N = keys_at_a_time(D) };
-    extern __shared__ __align__(16) floatX tiles[];
-    floatX *qt = tiles, *dyt = qt + ATTN_ROWS * LD;
-    floatX *ring = dyt + ATTN_ROWS * LD; // two places, each for k and v of N keys
-    int bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, size = C / NH;
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS, t_warp = t0 + warp * 16;
-    const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
-    const floatX *dy = dout + (size_t)b * T * C + h * size;
-    float scale2 = scale * 1.44269504f, dq[D / 8][4] = {};
-    float queries[2][2]; // lse and delta of queries lane / 4, and that + 8
-    lse_delta += ((size_t)bh * attention_tiles(T) * ATTN_ROWS + t_warp + lane / 4) * 2;
-    load(queries[0], lse_delta);
-    load(queries[1], lse_delta + 8 * 2);
-
-    load_tile<ATTN_ROWS, D>(qt, q + (size_t)t0 * 3 * C, 3 * C, T - t0, size);
-    load_tile<ATTN_ROWS, D>(dyt, dy + (size_t)t0 * C, C, T - t0, size);
-    load_two<D, N>(ring, k, 3 * C, v, 3 * C, 0, T, size);
-    for (int j0 = 0; j0 < T; j0 += N) {
-        floatX *kt = ring + j0 / N % 2 * 2 * N * LD, *vt = kt + N * LD;
-        floatX *next = ring + (j0 / N + 1) % 2 * 2 * N * LD;
-        load_two<D, N>(next, k, 3 * C, v, 3 * C, j0 + N, T, size);
-        cp_async_wait<1>(); // these keys are there, the next may be on their way
-        __syncthreads();
-
-        float p[N / 8][4] = {}, dscores[N / 8][4] = {}; // first scores and dp
-        multiply_rows<D, N>(p, qt + warp * 16 * LD, kt, dscores, dyt + warp * 16 * LD, vt);
-#pragma unroll
-        for (int j = 0; j < N / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) { // what lies beyond the last key counts as zero
-                const float *query = queries[e / 2];
-                bool there = j0 + j * 8 + lane % 4 * 2 + e % 2 < T;
-                p[j][e] = there ? exp_2(p[j][e] * scale2 - query[0]) : 0;
-                dscores[j][e] = scale * p[j][e] * (dscores[j][e] - query[1]);
-            }
-        multiply<D, N>(dq, dscores, kt);
-
-        __syncthreads(); // all are done with these keys: others may take their place
-    }
-    floatX *to = dqkv + ((size_t)b * T + t_warp) * 3 * C + h * size;
-    store_rows<D>(to, 3 * C, dq, T - t_warp, size);
+    store_rows<D>(to + (OF_KEYS ? C : 0), 3 * C, dk_or_dq, T - t_warp, size);
+    if constexpr (OF_KEYS) store_rows<D>(to + 2 * C, 3 * C, dv, T - t_warp, size);
 }
 
 #if HOPPER
@@ -1212,10 +1224,10 @@ attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const
     int grid = B * NH * attention_tiles(T);
     float scale = 1 / sqrtf(C / NH);
     size_t row = (D + PAD) * sizeof(floatX);
-    size_t kv_shared = (2 * ATTN_ROWS + 4 * queries_at_a_time(D)) * row;
-    size_t q_shared = (2 * ATTN_ROWS + 4 * keys_at_a_time(D)) * row;
-    auto kv = attention_backward_kv_kernel<D>;
-    auto q = attention_backward_q_kernel<D>;
+    size_t kv_shared = (2 * ATTN_ROWS + 4 * others_at_a_time(D, true)) * row;
+    size_t q_shared = (2 * ATTN_ROWS + 4 * others_at_a_time(D, false)) * row;
+    auto kv = attention_backward_kernel<D, true>;
+    auto q = attention_backward_kernel<D, false>;
     allow_shared(kv, kv_shared, "attention_backward_kv");
     allow_shared(q, q_shared, "attention_backward_q");
     kv<<<grid, ATTN_THREADS, kv_shared>>>(dqkv, dout, qkv, lse_delta, scale, T, C, NH);
@@ -1228,8 +1240,9 @@ attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const
 static void attention_backward(floatX *dqkv, float *lse_delta, const floatX *dout,
                                const floatX *out, const floatX *qkv, const float *lse,
                                int B, int T, int C, int NH) {
-    int D = C / NH, grid = B * NH * attention_tiles(T) * ATTN_ROWS / (THREADS / WARP);
-    attention_delta_kernel<<<grid, THREADS>>>(lse_delta, lse, dout, out, T, C, NH);
+    int D = C / NH, grid = B * NH * attention_tiles(T) * ATTN_ROWS / (THREADS / 8);
+    auto delta = D % 4 == 0 ? attention_delta_kernel<4> : attention_delta_kernel<1>;
+    delta<<<grid, THREADS>>>(lse_delta, lse, dout, out, T, C, NH);
     launched("attention_delta");
     if (D <= 32) attention_backward_of<32>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
     else if (D <= 48) attention_backward_of<48>(dqkv, dout, qkv, lse_delta, B, T, C, NH);

@@ -4,26 +4,33 @@ loopmdm.cu includes this file. dev/ptx.h has the instructions: read its Hopper p
 
 Hopper's tensor cores reach their speed with wgmma only. It takes both tiles from shared memory,
 whether k runs fastest in them or not, and the threads need not wait for it. TMA brings the tiles,
-and is asked by one thread. So a block has three warpgroups, of 4 warps each: two that multiply,
-each 64 x COLS of a tile of 128 x COLS, and one that loads. They meet at mbarriers, two for each
-place of a ring of tiles. In step n, at place s = n % stages:
+and is asked by one thread. So a block has three warpgroups, of 4 warps each: two that multiply, and
+one that loads. They meet at mbarriers, two for each place of a ring of tiles. In step n, at place
+s = n % stages:
 
     loads       waits for empty[s]; asks TMA for the tiles of step n, whose bytes count at full[s]
-    multiply    wait for full[s]; start step n; wait for step n - 1; arrive at that step's empty
+    multiplies  waits for full[s]; starts step n; waits for step n - 1; arrives at that step's empty
 
 The ring is in round r = n / stages. A barrier is then in phase r, and a wait names a phase by its
 parity. Round r may load when phase r - 1 of empty[s] has ended, which has the other parity. On a
 new barrier that wait passes at once, as if a phase -1 had ended.
 
-A block makes one tile of C after the other, and the next tile's numbers are loaded while one is
-stored. COLS is 256, or 96 where 256 would compute far beyond the edge of C (N = 288).
+A block makes one tile of C, of 128 x COLS, after the other. Its two warpgroups that multiply take
+turns: while one stores a tile, the other multiplies the next, so that tensor cores never rest. A
+turn begins when the other's last step has started: at my_turn, a barrier for each group. COLS is
+128, or 96 where 128 would compute far beyond the edge of C (N = 288).
 */
 #pragma once
 
 enum { GROUP = 4 * WARP, GROUPS = 2 };          // threads of a warpgroup; groups that multiply
 enum { HOPPER_THREADS = (GROUPS + 1) * GROUP }; // of a block
-enum { SLICE = 64 };         // columns of a box of TMA, 128 bytes; and how deep a step goes in k
-enum { ROWS = GROUPS * 64 }; // of a tile of C; a wgmma has 64
+enum { SLICE = 64 };                            // columns of a box of TMA; depth of a step in k
+enum { ROWS = 2 * 64 };                         // of a tile of C; a wgmma has 64
+enum { READS = 8 };                             // of an epilogue, on their way at a time
+
+// The warpgroup of this thread. All lanes take lane 0's: then the compiler knows that they have the
+// same, and computes what depends on it once for a warp.
+__device__ static inline int warpgroup() { return __shfl_sync(ALL, (int)threadIdx.x / GROUP, 0); }
 
 // Registers of a thread. At the launch all have the same: 168, or 80 if two blocks share the 65,536
 // of a multiprocessor. Then the group that loads gives up most of its own to those that multiply.
@@ -31,8 +38,7 @@ enum { LOADS_WITH = 32 };
 HOST_DEVICE static constexpr int multiplies_with(int blocks) { return blocks == 1 ? 232 : 104; }
 
 template <int COLS> struct Hopper {
-    static constexpr int blocks = COLS > 128 ? 1 : 2;  // of a multiprocessor
-    static constexpr int stages = COLS > 128 ? 4 : 3;  // of the ring
+    static constexpr int stages = 6;                                          // of the ring
     static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE; // whole boxes
     static constexpr int stage_size = ROWS * SLICE + b_size;
 };
@@ -71,12 +77,16 @@ __device__ static inline void exchange(float x[4], const float left[2], const fl
 }
 
 // For each place of the ring: full waits for the thread that loads (and its bytes), empty for the
-// warps that multiply. Attention has one more full, for what is loaded once. All threads call it.
+// warps that use its tiles. Attention has one more full, for what is loaded once. In a matrix
+// product one group of warps uses a place, and each group has a barrier in my_turn; attention has
+// none. All threads call it.
 template <int N, int STAGES> __device__ static inline
-void make_barriers(uint64_t (&full)[N], uint64_t (&empty)[STAGES]) {
+void make_barriers(uint64_t (&full)[N], uint64_t (&empty)[STAGES], uint64_t *my_turn) {
+    int warps = GROUP / WARP;
     if (threadIdx.x == 0) {
         for (int s = 0; s < N; s++) mbarrier_init(&full[s], 1);
-        for (int s = 0; s < STAGES; s++) mbarrier_init(&empty[s], GROUPS * GROUP / WARP);
+        for (int s = 0; s < STAGES; s++) mbarrier_init(&empty[s], my_turn ? warps : GROUPS * warps);
+        for (int g = 0; my_turn && g < GROUPS; g++) mbarrier_init(&my_turn[g], warps);
         mbarrier_init_done();
     }
     __syncthreads(); // the barriers are there
@@ -84,18 +94,19 @@ void make_barriers(uint64_t (&full)[N], uint64_t (&empty)[STAGES]) {
 
 // Grid: as many blocks as run at the same time. Block: HOPPER_THREADS. depth: a multiple of SLICE.
 template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
-__global__ void __launch_bounds__(HOPPER_THREADS, Hopper<COLS>::blocks)
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
 matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
                      const __grid_constant__ CUtensorMap b, int M, int N, int K, int depth) {
     typedef Hopper<COLS> H;
     extern __shared__ __align__(1024) floatX ring[]; // (stages, A and B)
     __shared__ uint64_t full[H::stages];
     __shared__ uint64_t empty[H::stages];
-    int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    __shared__ uint64_t my_turn[GROUPS];
+    int group = warpgroup(), warp = threadIdx.x % GROUP / WARP, lane = threadIdx.x % WARP;
     int tall = blocks(M, ROWS), wide = blocks(N, COLS), tiles = tall * wide * blocks(K, depth);
-    int step = 0; // counts through all tiles of the block
+    int step = 0, turn = 0; // count through all tiles of the block; turn: through tiles
 
-    make_barriers(full, empty);
+    make_barriers(full, empty, my_turn);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
@@ -120,42 +131,66 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
         return;
     }
 
-    more_registers<multiplies_with(H::blocks)>();
-    for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+    more_registers<multiplies_with(1)>();
+    for (int n = blockIdx.x; n < tiles; n += gridDim.x, turn++) {
         Tile tile(n, tall, wide, COLS);
         int begin = tile.z * depth, end = min(K, begin + depth);
-        float sum[COLS / 8][4]; // the first product sets it
+        if (turn % GROUPS != group) {
+            step += blocks(end - begin, SLICE);
+            continue;
+        }
+        float sum[ROWS / 64][COLS / 8][4]; // the first product sets it
+        // This turn begins when the turn before it has started its last step. Group 0's first one
+        // has none before it.
+        mbarrier_wait(&my_turn[group], turn / GROUPS % 2 ^ (group == 0));
 #pragma unroll 1 // unrolled, the compiler would wait for each product
         for (int k0 = begin; k0 < end; k0 += SLICE, step++) {
             int s = step % H::stages;
-            const floatX *at = ring + s * H::stage_size + group * 64 * SLICE;
-            const floatX *bt = ring + s * H::stage_size + ROWS * SLICE;
+            const floatX *at = ring + s * H::stage_size, *bt = at + ROWS * SLICE;
             mbarrier_wait(&full[s], step / H::stages % 2);
             wgmma_fence();
+            uint64_t a_at = descriptor(at), b_at = descriptor(bt); // which count in 8 numbers
 #pragma unroll
-            for (int k = 0; k < SLICE; k += 16) { // k columns further, with TRANS k rows of 64
-                uint64_t a_at = descriptor(at + (TRANS_A ? k * 64 : k));
-                uint64_t b_at = descriptor(bt + (TRANS_B ? k * 64 : k));
-                wgmma<TRANS_A, TRANS_B>(sum, a_at, b_at, k0 + k > begin);
-            }
+            for (int k = 0; k < SLICE; k += 16) // k columns further, with TRANS k rows of 64
+#pragma unroll
+                for (int i = 0; i < ROWS / 64; i++)
+                    wgmma<TRANS_A, TRANS_B>(sum[i],
+                                            a_at + (i * 64 * SLICE + (TRANS_A ? k * 64 : k)) / 8,
+                                            b_at + (TRANS_B ? k * 64 : k) / 8, k0 + k > begin);
             wgmma_commit();
             wgmma_wait<1>(); // the step before is done with its tiles
             if (k0 > begin && lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
         }
+        if (lane == 0) mbarrier_arrive(&my_turn[group ^ 1]); // all of this tile's steps have begun
         wgmma_wait<0>();
         if (lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
-        keep(sum);
+        for (int i = 0; i < ROWS / 64; i++) keep(sum[i]);
 
+        // A lane stores 4 neighbours at a time, in so many places. Its n-th place is in the rows of
+        // wgmma n / (COLS / 8); there it goes through pairs of results side by side, and of each
+        // takes row g and then row g + 8 (see mma).
+        enum { PLACES = ROWS / 64 * COLS / 8 };
+        auto row = [&](int n) {
+            return tile.i0 + n / (COLS / 8) * 64 + warp * 16 + lane / 4 + n % 2 * 8;
+        };
+        auto column = [&](int n) {
+            return tile.j0 + (n % (COLS / 8) / 2 * 2 + lane % 2) * 8 + lane / 2 % 2 * 4;
+        };
 #pragma unroll
-        for (int j = 0; j < COLS / 8; j += 2)
+        for (int first = 0; first < PLACES; first += READS) {
+            float read[READS][4], x[4];
 #pragma unroll
-            for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
-                float x[4];
-                exchange(x, &sum[j][2 * half], &sum[j + 1][2 * half]);
-                int row = tile.i0 + warp * 16 + lane / 4 + half * 8;
-                int column = tile.j0 + (j + lane % 2) * 8 + lane / 2 % 2 * 4;
-                if (row < M && column < N) epilogue(tile.z * M + row, column, x);
+            for (int n = first; n < first + READS; n++)
+                if (row(n) < M && column(n) < N)
+                    epilogue.read(read[n - first], tile.z * M + row(n), column(n));
+#pragma unroll
+            for (int n = first; n < first + READS; n++) {
+                float (*at)[4] = &sum[n / (COLS / 8)][n % (COLS / 8) / 2 * 2];
+                exchange(x, &at[0][n % 2 * 2], &at[1][n % 2 * 2]);
+                if (row(n) < M && column(n) < N)
+                    epilogue(tile.z * M + row(n), column(n), x, read[n - first]);
             }
+        }
     }
 }
 
@@ -183,12 +218,11 @@ static CUtensorMap tensor_map(const floatX *matrix, int ld, int rows, int column
 template <int COLS, bool TRANS_A, bool TRANS_B, class Epilogue>
 static void multiply_hopper(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
                             int M, int N, int K, int depth) {
-    typedef Hopper<COLS> H;
     CUtensorMap a_map = TRANS_A ? tensor_map(a, lda, K, M, SLICE) : tensor_map(a, lda, M, K, ROWS);
     CUtensorMap b_map = TRANS_B ? tensor_map(b, ldb, K, N, SLICE) : tensor_map(b, ldb, N, K, COLS);
-    size_t shared = H::stages * H::stage_size * sizeof(floatX);
+    size_t shared = Hopper<COLS>::stages * Hopper<COLS>::stage_size * sizeof(floatX);
     int tiles = blocks(M, ROWS) * blocks(N, COLS) * blocks(K, depth);
-    int grid = min(tiles, H::blocks * this_gpu()->multiProcessorCount);
+    int grid = min(tiles, this_gpu()->multiProcessorCount);
     auto matmul = matmul_hopper_kernel<COLS, TRANS_A, TRANS_B, Epilogue>;
     allow_shared(matmul, shared, "matmul");
     matmul<<<grid, HOPPER_THREADS, shared>>>(epilogue, a_map, b_map, M, N, K, depth);

@@ -61,12 +61,12 @@ attention_forward_hopper_kernel(floatX *out, float *lse, const __grid_constant__
     extern __shared__ __align__(1024) floatX ring[]; // (stages, k and v), then q of each group
     __shared__ uint64_t full[H::stages + 1]; // the last: the block's own tiles
     __shared__ uint64_t empty[H::stages];
-    int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int group = warpgroup(), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int bh = blockIdx.x / blocks(T, ROWS), t0 = blockIdx.x % blocks(T, ROWS) * ROWS;
     int b = bh / NH, column = bh % NH * D, row = b * T;
     floatX *qt = ring + H::stages * 2 * H::tile;
 
-    make_barriers(full, empty);
+    make_barriers(full, empty, NULL);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
@@ -128,12 +128,14 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
     extern __shared__ __align__(1024) floatX ring[]; // (stages, two tiles), then each group's own
     __shared__ uint64_t full[H::stages + 1]; // the last: the block's own tiles
     __shared__ uint64_t empty[H::stages];
-    int group = threadIdx.x / GROUP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    __shared__ __align__(16) float queries[OF_KEYS ? H::stages : 1][2 * SLICE]; // lse, delta
+    int group = warpgroup(), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int bh = blockIdx.x / blocks(T, ROWS), t0 = blockIdx.x % blocks(T, ROWS) * ROWS;
     int b = bh / NH, column = bh % NH * D, row = b * T;
     floatX *own_tiles = ring + H::stages * 2 * H::tile; // (groups, k and v or q and dout)
+    lse_delta += (size_t)bh * blocks(T, SLICE) * SLICE * 2;
 
-    make_barriers(full, empty);
+    make_barriers(full, empty, NULL);
 
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
@@ -156,9 +158,10 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
         for (int t = 0, step = 0; t < T; t += SLICE, step++) {
             int s = step % H::stages;
             mbarrier_wait(&empty[s], step / H::stages % 2 ^ 1);
-            mbarrier_expect(&full[s], bytes);
+            mbarrier_expect(&full[s], bytes + (OF_KEYS ? (int)sizeof queries[s] : 0));
             if (OF_KEYS) load_queries(ring + s * 2 * H::tile, t, &full[s]);
             else load_keys(ring + s * 2 * H::tile, t, &full[s]);
+            if (OF_KEYS) bulk_load(queries[s], lse_delta + 2 * t, sizeof queries[s], &full[s]);
         }
         return;
     }
@@ -169,7 +172,6 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
     float scale2 = scale * 1.44269504f;
     float dk_or_dq[D / 8][4], dv[OF_KEYS ? D / 8 : 1][4]; // the first product sets them
     float own[2][2]; // lse and delta of the block's queries lane / 4, and that + 8
-    lse_delta += (size_t)bh * blocks(T, SLICE) * SLICE * 2;
     for (int half = 0; half < 2 && !OF_KEYS; half++) {
         int t = min(t_warp + lane / 4 + half * 8, T - 1); // what is beyond T is not stored
         load(own[half], lse_delta + 2 * t);
@@ -188,15 +190,15 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
         if (step > 0 && lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
         keep(p);
 
+        if (!OF_KEYS && T - u0 < SLICE) set_beyond(p, T - u0, -INFINITY);
         float others[SLICE / 8][4]; // lse and delta of two queries for each j
 #pragma unroll
         for (int j = 0; j < SLICE / 8; j++) {
-            if (OF_KEYS) load(others[j], lse_delta + 2 * (u0 + j * 8 + lane % 4 * 2));
+            if (OF_KEYS) load(others[j], queries[s] + 2 * (j * 8 + lane % 4 * 2));
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const float *query = OF_KEYS ? others[j] + e % 2 * 2 : own[e / 2];
-                bool there = OF_KEYS || u0 + j * 8 + lane % 4 * 2 + e % 2 < T;
-                p[j][e] = there ? exp_2(p[j][e] * scale2 - query[0]) : 0;
+                p[j][e] = exp_2(p[j][e] * scale2 - query[0]);
             }
         }
         // Only a product that begins before the wait keeps the exponentials before it: the compiler

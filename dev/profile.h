@@ -8,6 +8,7 @@ environment loads all kernels beforehand: else their first launches do it.
 */
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <string>
 #include <utility>
@@ -46,12 +47,12 @@ static void print_times() {
         double each = t.ms / t.launches;
         printf("%-44s %8ld %9.2f %5.1f %% %8.1f", k.first.c_str(), t.launches, t.ms,
                100 * t.ms / sum, 1e3 * each);
-        if (t.flops > 0) printf(" %8.1f", t.flops / each * 1e-9);
+        if (t.flops > 0) printf(" %8.1f", t.flops / t.ms * 1e-9);
         printf("\n");
     }
 }
 
-// Called after each launch; a matrix product also passes its shape.
+// Called after each launch; a matrix product (M,K)(K,N) also passes its shape.
 static void launched(const char *what, int M = 0, int N = 0, int K = 0) {
     cuda_check(cudaGetLastError(), what);
     if (!last_event) {
@@ -59,11 +60,14 @@ static void launched(const char *what, int M = 0, int N = 0, int K = 0) {
         cuda_check(cudaEventRecord(last_event), "profile");
         atexit(print_times); // CUDA's own handler was registered earlier, so it runs later
     }
+    // A product is known by the shape (OC,C) of its weight: the number of rows may change.
+    bool weights = strstr(what, "weight"), inputs = strstr(what, "input");
     char name[80];
-    if (M) snprintf(name, sizeof name, "%s (%d,%d)(%d,%d)", what, M, K, K, N);
+    if (M) snprintf(name, sizeof name, "%s (%d,%d)", what, weights ? M : inputs ? K : N,
+                    weights || inputs ? N : K);
     else snprintf(name, sizeof name, "%s", what);
     KernelTime *time = &kernel_times[name];
-    time->flops = 2.0 * M * N * K;
+    time->flops += 2.0 * M * N * K;
     cudaEvent_t event;
     cuda_check(cudaEventCreate(&event), "profile");
     cuda_check(cudaEventRecord(event), "profile");

@@ -113,6 +113,15 @@ __device__ static inline void tma_load(void *shared, const CUtensorMap *map, int
                     "r"(column), "r"(row) : "memory");
 }
 
+// Starts to load neighbouring bytes as they are, a multiple of 16.
+__device__ static inline void bulk_load(void *shared, const void *global, int bytes,
+                                        uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes),
+                    "r"(shared_address(barrier)) : "memory");
+}
+
 // ---- wgmma: a warpgroup, 4 warps, multiplies tiles in shared memory, and need not wait ----
 
 // All threads of a block begin with the same number of registers. From here on those of this
@@ -162,10 +171,6 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 #define TO_32 TO_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define TO_48 TO_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define TO_64 TO_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TO_128 TO_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
-    "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101," \
-    "%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
-    "%120,%121,%122,%123,%124,%125,%126,%127"
 #define SUMS_8(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), \
     "+f"(d[j + 1][0]), "+f"(d[j + 1][1]), "+f"(d[j + 1][2]), "+f"(d[j + 1][3])
 #define SUMS_16(j) SUMS_8(j), SUMS_8(j + 2)
@@ -173,7 +178,6 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 #define SUMS_32(j) SUMS_16(j), SUMS_16(j + 4)
 #define SUMS_48(j) SUMS_32(j), SUMS_16(j + 8)
 #define SUMS_64(j) SUMS_32(j), SUMS_32(j + 8)
-#define SUMS_128(j) SUMS_64(j), SUMS_64(j + 16)
 
 // The last arguments are the numbers of the operands that follow the sums. "p, 1, 1": add if p, and
 // negate neither A nor B. The last 1 of WGMMA_REGISTERS is TRANS_B.
@@ -188,7 +192,7 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
     }
 WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52")
-WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
+WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 
 #define WGMMA_REGISTERS(N, SUMS, A, B, ADD) \
     __device__ static inline \

@@ -7,7 +7,8 @@
 # It needs nvcc and no network. PyTorch (PYTHON=python3) and compute-sanitizer are used where they
 # are. The results go into OUT (dev/results), as they come: gpu_NAME.txt is a table and every FAIL,
 # gpu_NAME_logs.tar.gz has all that was printed. After LIMIT seconds (480) it does no more, and says
-# what is missing. COMMIT=... names the commit where there is no git. Status 1: something failed.
+# what is missing. If a layer is wrong it ends at once: a wrong kernel's speed says nothing.
+# COMMIT=... names the commit where there is no git. Status 1: something failed.
 set -uo pipefail
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 [ -n "$name" ] || { echo "no GPU: nvidia-smi names none"; exit 1; }
@@ -58,7 +59,14 @@ digests() {
 
 layers() { build/test_cuda_fp32 --layers && build/test_cuda_bf16 --layers; }
 
+end() {
+    say "---- $SECONDS s in all; $(grep -c '^FAIL' "$result.txt") failures"
+    grep '^FAIL' "$result.txt"
+    exit $failed
+}
+
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$fast"' EXIT
+export TMPDIR=$fast # bench.py writes models too
 export -f digests layers
 export logs
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
@@ -83,11 +91,14 @@ step 150 build 'error|warning|C75' make -j"$(nproc)" WARNINGS= GPU=$gpu loopmdm 
     build/study_{matmul,attention,head}_cuda \
     build/stories_{train,val}.bin
 step 30 layers 'passed|FAIL' bash -c layers
+[ $failed = 0 ] || end
 step 30 digests digest bash -c digests
 step 60 profile '^(matmul|[a-z_]+ )|launches|step' env CUDA_MODULE_LOADING=EAGER \
     build/loopmdm_cuda_profile train --data build/stories_train.bin --vocab 50257 --model d12 \
     --batch 16 --max-loops 1 --steps 6 --out $fast/profile
 if [ $torch = 1 ]; then
+    step 30 libraries . $PYTHON dev/bench/libraries.py $logs/profile.log --batch 16 \
+        --seq-len 1024 --heads 12 --channels 768
     step 60 d6 '^(train|d6)' $PYTHON dev/bench/bench.py --device cuda
     step 90 d12 '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
         --vocab 50257 --batch 16 --steps 10 --turns 2
@@ -108,6 +119,4 @@ else
     say "no compute-sanitizer"
 fi
 step 60 studies '.' make WARNINGS= GPU=$gpu studies_cuda
-say "---- $SECONDS s in all; $(grep -c '^FAIL' "$result.txt") failures"
-grep '^FAIL' "$result.txt"
-exit $failed
+end

@@ -76,7 +76,8 @@ def program_arguments(o, S, folder, steps, precision):
     return [o.program, "train", "--data", os.path.join(folder, "data.bin"), "--vocab", str(o.vocab),
             "--model", o.model, "--seq-len", str(config_of(o, S).max_seq_len),
             "--batch", str(o.batch), "--max-loops", str(S), "--loop-dist", "fixed",
-            "--accum", "1", "--ema", "0", "--steps", str(steps), "--threads", str(o.threads),
+            "--accum", "1", "--ema", "0", "--steps", str(steps),
+            *([] if o.device == "cuda" else ["--threads", str(o.threads)]),
             "--precision", precision, "--out", os.path.join(folder, "run")]
 
 

@@ -31,19 +31,19 @@ enum { WARP = 32, THREADS = 256 };
 enum { PAD = 16 / sizeof(floatX) };
 enum { TILE = 128, DEPTH = 32, STAGES = BF16 ? 3 : 2, TILE_SIZE = TILE * (DEPTH + PAD) };
 enum { ATTN_ROWS = 64, ATTN_THREADS = 128, KEYS = 64 };
-    return BF16 || D < 64 ? 64 : 32;
+    if (of_keys) return BF16 || D < 64 ? 64 : 32;
     return D <= 32 ? 64 : 32;
 size_t shared = STAGES * 2 * TILE_SIZE * sizeof(floatX);
 size_t shared = (ATTN_ROWS + 2 * KEYS) * (D + PAD) * sizeof(floatX);
-size_t kv_shared = (2 * ATTN_ROWS + 4 * queries_at_a_time(D)) * row;
-size_t q_shared = (2 * ATTN_ROWS + 4 * keys_at_a_time(D)) * row;
+size_t kv_shared = (2 * ATTN_ROWS + 4 * others_at_a_time(D, true)) * row;
+size_t q_shared = (2 * ATTN_ROWS + 4 * others_at_a_time(D, false)) * row;
 sequence_loss_kernel<<<m->B, WARP>>>
 size_t shared = 2 * C * sizeof(float);
 enum { GROUP = 4 * WARP, GROUPS = 2 };
 enum { HOPPER_THREADS = (GROUPS + 1) * GROUP };
 enum { SLICE = 64 };
-enum { ROWS = GROUPS * 64 };
-static constexpr int stages = COLS > 128 ? 4 : 3;
+enum { ROWS = 2 * 64 };
+static constexpr int stages = 6;
 static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE;
 static constexpr int stage_size = ROWS * SLICE + b_size;
 static constexpr int tile = (D + SLICE - 1) / SLICE * SLICE * SLICE;
@@ -68,22 +68,19 @@ def launch(kernel, bf16):
     if name == "matmul_hopper":
         columns = int(re.match(r"\d+", arguments)[0])
         stage = 128 * SLICE + -(-columns // SLICE) * SLICE * SLICE
-        return HOPPER_THREADS, (4 if columns > 128 else 3) * stage * size
+        return HOPPER_THREADS, 6 * stage * size
     if name in ("attention_forward_hopper", "attention_backward_hopper"):
         D = int(re.match(r"\d+", arguments)[0])
         tiles = 4 * 2 + 2 if name == "attention_forward_hopper" else 2 * (4 + 2)
         return HOPPER_THREADS, tiles * -(-D // SLICE) * SLICE * SLICE * size
     if name == "layernorm_backward":
         return THREADS, 2 * WIDTH * 4
-    if name.startswith("attention_") and arguments:
+    if name in ("attention_forward", "attention_backward"):
         D = int(re.match(r"\d+", arguments)[0])
         rows = ATTN_ROWS + 2 * KEYS
-        if name == "attention_backward_kv":
-            queries = 16 if D > 64 else 64 if bf16 or D < 64 else 32
-            rows = 2 * ATTN_ROWS + 4 * queries
-        elif name == "attention_backward_q":
-            keys = 16 if D > 64 else 64 if D <= 32 else 32
-            rows = 2 * ATTN_ROWS + 4 * keys
+        if name == "attention_backward":
+            wide = D <= 32 or "true" in arguments and (bf16 or D < 64)
+            rows = 2 * ATTN_ROWS + 4 * (16 if D > 64 else 64 if wide else 32)
         return ATTN_THREADS, rows * (D + pad) * size
     if name == "sequence_loss":
         return WARP, 0
@@ -147,7 +144,7 @@ def print_tables(text, everything):
                 others.append((registers, occupancy))
                 continue
             if not everything:
-                name = re.match(r"\w+(<\d+)?", name)[0]
+                name = re.match(r"\w+(<\d+(, (true|false)>)?)?", name)[0].rstrip(">")
                 name += ">" if "<" in name else ""
             line = name, threads, f"{static} + {dynamic}", spilled, blocks, occupancy
             lines.setdefault(line, []).append((registers, limit))

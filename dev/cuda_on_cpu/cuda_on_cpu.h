@@ -33,12 +33,12 @@ orders below every time, not in one run of a thousand. Environment variables cho
                               driver): what do the program's error messages say?
 
 It is stricter than a GPU. Device and shared memory hold 0xFF bytes (NaN) until the program writes
-them. The targets of cp_async_16 and tma_load do so from the call to the wait, and the sums of wgmma
-too. What they read they read as late as a GPU may. One line with kernel, block, thread and line
-ends the program when
+them. The targets of cp_async_16, tma_load and bulk_load do so from the call to the wait, and the
+sums of wgmma too. What they read they read as late as a GPU may. One line with kernel, block,
+thread and line ends the program when
   - lanes of a warp wait for different things,
   - threads of a block wait at different __syncthreads,
-  - an address of ldmatrix, cp_async_16 or tma_load is not aligned (for float4:
+  - an address of ldmatrix, cp_async_16, tma_load or bulk_load is not aligned (for float4:
     -fsanitize=undefined),
   - all wait at mbarriers and nothing is on its way to them, or a block ends before what is on its
     way has arrived,
@@ -426,11 +426,11 @@ struct CUtensorMap { // of a matrix of bf16
 };
 } // namespace cuda
 
-// A box that TMA has been asked for
+// What TMA has been asked for: a box, or if bytes is not 0 so many of them from the map's data on
 struct Load {
     char *to;
     CUtensorMap map;
-    int column, row;
+    int column, row, bytes;
     uint64_t *mbarrier;
     int line; // of the request
 };
@@ -978,6 +978,7 @@ inline void finish_load(size_t which) {
     Load l = loads[which];
     loads.erase(loads.begin() + which);
     uint32_t to = l.to - (char *)core->shared;
+    memcpy(l.to, l.map.data, l.bytes);
     for (int i = 0; i < l.map.box_rows; i++)
         for (int j = 0; j < 64; j++) { // zero where the matrix has nothing
             int64_t row = l.row + i, column = l.column + j;
@@ -987,7 +988,7 @@ inline void finish_load(size_t which) {
             memcpy(exchanged(to + i * 128 + j * 2), &x, sizeof x);
         }
     Mbarrier *m = (Mbarrier *)l.mbarrier;
-    m->missing_bytes -= l.map.box_rows * 128;
+    m->missing_bytes -= l.map.box_rows * 128 + l.bytes;
     if (m->missing_bytes < 0) die(l.line, "more bytes arrive at an mbarrier than it expects");
     end_phase_if_complete(m);
 }
@@ -1110,7 +1111,13 @@ inline void tma_load(void *to, const CUtensorMap *map, int column, int row, uint
                      LINE) {
     if (shared_address(to) % 1024) die(line, "tma_load: the target is no multiple of 1024");
     memset(to, 0xFF, map->box_rows * 128);
-    loads.push_back({(char *)to, *map, column, row, barrier, line});
+    loads.push_back({(char *)to, *map, column, row, 0, barrier, line});
+}
+inline void bulk_load(void *to, const void *from, int bytes, uint64_t *barrier, LINE) {
+    if ((shared_address(to) | (uintptr_t)from | bytes) % 16)
+        die(line, "bulk_load: an address, or the number of bytes, is no multiple of 16");
+    memset(to, 0xFF, bytes);
+    loads.push_back({(char *)to, {(const char *)from, 0, 0, 0, 0}, 0, 0, bytes, barrier, line});
 }
 
 template <int N> void more_registers() {}

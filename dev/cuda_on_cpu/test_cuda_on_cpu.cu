@@ -747,6 +747,7 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 15 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
     if (which == 39 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
     if (which == 39) mbarrier_wait(&barrier, 0);
+    if (which == 42 && t == 0) bulk_load(dynamic, p + 1, 16, &barrier);
     if (which == 16 && t == 0) { mbarrier_expect(&barrier, 16); mbarrier_arrive(&barrier); }
     if (which == 17) wgmma<false, false>(sums, t, 0, 0);
     if (which == 18) wgmma<false, false>(sums, 0, 0, 0);
