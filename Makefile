@@ -191,7 +191,7 @@ demo: loopmdm
 		--order margin
 	./loopmdm sample --model dev/models/stories --fill $(FILL) --temperature 0 --watch
 	./loopmdm sample --model dev/models/sudoku --puzzle $(HARD) --temperature 0 --steps 4 \
-		--loops 6 --watch --show-loops
+		--loops 12 --watch --show-loops
 
 # What they were trained with: dev/models/README.md. IN=bf16 is faster where the CPU has it.
 models: loopmdm build/stories_more.bin build/sudoku9_train.bin
