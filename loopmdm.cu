@@ -406,7 +406,7 @@ struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
     const float *bias;
     template <int N> __device__ void read(float (&b)[N], int, int j) const { load(b, bias + j); }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&b)[N]) const {
-        Store<floatX>{inp, ld, NULL}(i, j, x, b);
+        Store<floatX>{inp, ld, bias}(i, j, x, b);
         for (int e = 0; e < N; e++) x[e] = gelu(x[e]);
         store(out + (size_t)i * ld + j, x);
     }
@@ -433,7 +433,7 @@ struct StoreResidual { // out = inp + C + bias
         load(u, inp + (size_t)i * ld + j);
     }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
-        float b[N];
+        float b[N]; // not in read(): it is in the cache, and there are not registers for both
         load(b, bias + j);
         for (int e = 0; e < N; e++) x[e] = u[e] + (x[e] + b[e]);
         store(out + (size_t)i * ld + j, x);
@@ -477,7 +477,7 @@ static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *
                      int M, int N, int K, int depth) {
     auto kernel = multiply_mma<TRANS_A, TRANS_B, Epilogue>;
 #if HOPPER
-    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 128) * 128; // 96: if it saves 15 %
+    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 128) * 128; // 128 would compute 15 % more
     if (hopper_can(a, lda, b, ldb, epilogue.ld))
         kernel = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
                         : multiply_hopper<128, TRANS_A, TRANS_B, Epilogue>;
@@ -491,7 +491,7 @@ typedef struct { float *memory; size_t size; int blocks; } Parts;
 // Into how many parts to split sums over K, for a result of this size in so many tiles: the last
 // round of tiles should be full too, and no part shorter than 256. Example: 150 tiles on a GPU
 // that makes 100 at a time take 2 rounds; split in 2 they take 3 rounds of half the length. To
-// write a part and to add it up takes part_cost of such a round.
+// write a part and to add it up takes part_cost of a round of whole sums.
 static int choose_splits(Parts parts, int tiles, int K, size_t size, double part_cost) {
     int most = (int)fmin(fmin(K / 256, parts.blocks), (double)(parts.size / size)), best = 1;
     if (most < 2) return 1;
@@ -531,9 +531,10 @@ static void sum_parts(Epilogue epilogue, const float *parts, int M, int N, int l
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
 static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
                    int M, int N, int K, Parts parts) {
-    if (HOPPER && this_gpu()->major == 9) parts.blocks /= 2; // one on each, and twice as fast
+    // Hopper's kernel makes one tile at a time on each multiprocessor, in half the time.
+    if (HOPPER && this_gpu()->major == 9) parts.blocks /= 2;
     int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, TILE);
-    // A number of a part takes 8 bytes of traffic, in which time 1600 operations could be done.
+    // A number of a part takes 8 bytes of traffic. An A100 or H200 does 1600 operations meanwhile.
     double part_cost = 1600 / (2.0 * K) * tiles / parts.blocks;
     int splits = choose_splits(parts, tiles, K, (size_t)M * ld, part_cost);
     // Parts begin at multiples of 64, what Hopper loads at a time: it would run into the next part.
@@ -552,7 +553,7 @@ static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b,
 // out = epilogue(inp (M,C) weight^T), weight (OC,C)
 template <class Epilogue> static void
 matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int C, int OC) {
-    Parts none = {NULL, 0, 2};
+    Parts none = {NULL, 0, 2}; // no memory: nothing is split
     matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
@@ -1062,9 +1063,9 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
 
 // Backward: with p = exp2(score - lse), dp = dout v^T and scale = 1/sqrt(C/NH),
 //   dscores = scale p (dp - delta),   dv = p^T dout,   dk = dscores^T q,   dq = dscores k
-// Two kernels do this, and both compute the scores again. Every sum then has one owner, without
-// atomics: a block of the first owns 64 keys and goes over all queries, a block of the second owns
-// 64 queries and goes over all keys.
+// Two launches do this, and both compute the scores again. Every sum then has one owner, without
+// atomics: a block of the first owns keys and goes over all queries, a block of the second owns
+// queries and goes over all keys.
 
 // lse_delta (B,NH,tiles * ATTN_ROWS,2) = lse, and delta = sum(p dp) over the keys of a query. This
 // is the sum of dout out over the head's channels, because dp_j = dout v_j and out = sum(p_j v_j).

@@ -9,36 +9,39 @@ one that loads. They meet at mbarriers, two for each place of a ring of tiles. I
 s = n % stages:
 
     loads       waits for empty[s]; asks TMA for the tiles of step n, whose bytes count at full[s]
-    multiplies  waits for full[s]; starts step n; waits for step n - 1; arrives at that step's empty
+    multiplies  waits for full[s]; starts step n; waits for the step before, of the same tile, and
+                arrives at that step's empty
 
 The ring is in round r = n / stages. A barrier is then in phase r, and a wait names a phase by its
 parity. Round r may load when phase r - 1 of empty[s] has ended, which has the other parity. On a
 new barrier that wait passes at once, as if a phase -1 had ended.
 
 A block makes one tile of C, of 128 x COLS, after the other. Its two warpgroups that multiply take
-turns: while one stores a tile, the other multiplies the next, so that tensor cores never rest. A
-turn begins when the other's last step has started: at my_turn, a barrier for each group. COLS is
-128, or 96 where 128 would compute far beyond the edge of C (N = 288).
+turns: while one stores a tile, the other multiplies the next, so that tensor cores need not rest. A
+turn begins when the other's last step has started: at my_turn, a barrier for each group. It may not
+begin earlier. A wait for full[s] knows the parity of a round only, so all steps before must have
+been loaded. COLS is 128, or 96 where 128 would compute far beyond the edge of C (N = 288).
 */
 #pragma once
 
 enum { GROUP = 4 * WARP, GROUPS = 2 };          // threads of a warpgroup; groups that multiply
 enum { HOPPER_THREADS = (GROUPS + 1) * GROUP }; // of a block
-enum { SLICE = 64 };                            // columns of a box of TMA; depth of a step in k
-enum { ROWS = 2 * 64 };                         // of a tile of C; a wgmma has 64
-enum { READS = 8 };                             // of an epilogue, on their way at a time
+enum { SLICE = 64 };    // columns of a box of TMA, 128 bytes as the swizzle wants; a step's depth
+enum { ROWS = 2 * 64 }; // of a tile of C, and positions of a block of attention: SLICE a group
+enum { READS = 8 };     // of an epilogue, on their way at a time; more take too many registers
 
 // The warpgroup of this thread. All lanes take lane 0's: then the compiler knows that they have the
 // same, and computes what depends on it once for a warp.
 __device__ static inline int warpgroup() { return __shfl_sync(ALL, (int)threadIdx.x / GROUP, 0); }
 
 // Registers of a thread. At the launch all have the same: 168, or 80 if two blocks share the 65,536
-// of a multiprocessor. Then the group that loads gives up most of its own to those that multiply.
+// of a multiprocessor. Then the group that loads gives up most of its own to those that multiply:
+// 32 + 2 * 232 is at most 3 * 168, and 32 + 2 * 104 is 3 * 80.
 enum { LOADS_WITH = 32 };
 HOST_DEVICE static constexpr int multiplies_with(int blocks) { return blocks == 1 ? 232 : 104; }
 
 template <int COLS> struct Hopper {
-    static constexpr int stages = 6;                                          // of the ring
+    static constexpr int stages = 6; // of the ring: 192 KiB of the 227 that a block can have
     static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE; // whole boxes
     static constexpr int stage_size = ROWS * SLICE + b_size;
 };
@@ -111,6 +114,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
     if (group == GROUPS) {
         fewer_registers<LOADS_WITH>();
         if (threadIdx.x % GROUP) return; // one thread is enough
+        // With TRANS_B the boxes are whole: 96 columns need two of 64.
         int bytes = (ROWS * SLICE + (TRANS_B ? H::b_size : COLS * SLICE)) * (int)sizeof(floatX);
         for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
             Tile tile(n, tall, wide, COLS);
@@ -120,7 +124,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
                 floatX *at = ring + s * H::stage_size, *bt = at + ROWS * SLICE;
                 mbarrier_wait(&empty[s], step / H::stages % 2 ^ 1);
                 mbarrier_expect(&full[s], bytes);
-                if (!TRANS_A) tma_load(at, &a, k, tile.i0, &full[s]); // else in boxes of 64 columns
+                if (!TRANS_A) tma_load(at, &a, k, tile.i0, &full[s]); // else in boxes (64,64)
                 for (int i = 0; TRANS_A && i < ROWS; i += SLICE)
                     tma_load(at + i * SLICE, &a, tile.i0 + i, k, &full[s]);
                 if (!TRANS_B) tma_load(bt, &b, k, tile.j0, &full[s]);
@@ -149,7 +153,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
             const floatX *at = ring + s * H::stage_size, *bt = at + ROWS * SLICE;
             mbarrier_wait(&full[s], step / H::stages % 2);
             wgmma_fence();
-            uint64_t a_at = descriptor(at), b_at = descriptor(bt); // which count in 8 numbers
+            uint64_t a_at = descriptor(at), b_at = descriptor(bt); // in 16 bytes: 8 numbers
 #pragma unroll
             for (int k = 0; k < SLICE; k += 16) // k columns further, with TRANS k rows of 64
 #pragma unroll
@@ -166,9 +170,9 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
         if (lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
         for (int i = 0; i < ROWS / 64; i++) keep(sum[i]);
 
-        // A lane stores 4 neighbours at a time, in so many places. Its n-th place is in the rows of
-        // wgmma n / (COLS / 8); there it goes through pairs of results side by side, and of each
-        // takes row g and then row g + 8 (see mma).
+        // A lane stores 4 neighbours at a time, in so many places. The first COLS / 8 are in the
+        // upper 64 rows. Of these places 2p and 2p + 1 come from pair p of results side by side:
+        // row g, and row g + 8 (see mma).
         enum { PLACES = ROWS / 64 * COLS / 8 };
         auto row = [&](int n) {
             return tile.i0 + n / (COLS / 8) * 64 + warp * 16 + lane / 4 + n % 2 * 8;

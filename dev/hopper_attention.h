@@ -173,7 +173,7 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
     float dk_or_dq[D / 8][4], dv[OF_KEYS ? D / 8 : 1][4]; // the first product sets them
     float own[2][2]; // lse and delta of the block's queries lane / 4, and that + 8
     for (int half = 0; half < 2 && !OF_KEYS; half++) {
-        int t = min(t_warp + lane / 4 + half * 8, T - 1); // what is beyond T is not stored
+        int t = min(t_warp + lane / 4 + half * 8, T - 1); // lse_delta may end before the block
         load(own[half], lse_delta + 2 * t);
     }
     mbarrier_wait(&full[H::stages], 0);
@@ -201,8 +201,8 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
                 p[j][e] = exp_2(p[j][e] * scale2 - query[0]);
             }
         }
-        // Only a product that begins before the wait keeps the exponentials before it: the compiler
-        // would move them behind it, where they overlap with nothing.
+        // The exponentials should overlap with dp's product. The compiler moves them behind the
+        // wait, unless a product that needs them begins before it: dv's. For dq there is none.
         if constexpr (OF_KEYS) {
             multiply_probabilities<D>(dv, p, y2, step > 0);
             wgmma_commit();
@@ -221,7 +221,7 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
     }
     wgmma_wait<0>();
     keep(dk_or_dq);
-    for (int d = 0; d < D / 2; d++) dk_or_dq[d / 4][d % 4] *= scale;
+    for (int d = 0; d < D / 2; d++) dk_or_dq[d / 4][d % 4] *= scale; // once, not each of dscores
     floatX *to = dqkv + ((size_t)row + t_warp) * 3 * C + column;
     store_rows<D>(to + (OF_KEYS ? C : 0), 3 * C, dk_or_dq, T - t_warp, D);
     if constexpr (OF_KEYS) {

@@ -103,7 +103,7 @@ __device__ static inline void mbarrier_wait(uint64_t *barrier, int parity) {
 // ---- TMA, the tensor memory accelerator: one thread loads a whole box ----
 
 // Starts to load the map's box that begins at this row and column. It becomes rows of 128 bytes in
-// shared memory: chunk c of 16 bytes of row r lies at chunk c ^ r % 8, so that neither rows nor
+// shared memory: chunk c of 16 bytes of row r lies at chunk c ^ (r % 8), so that neither rows nor
 // columns meet in one bank. The bytes count at the barrier.
 __device__ static inline void tma_load(void *shared, const CUtensorMap *map, int column, int row,
                                        uint64_t *barrier) {
@@ -113,7 +113,7 @@ __device__ static inline void tma_load(void *shared, const CUtensorMap *map, int
                     "r"(column), "r"(row) : "memory");
 }
 
-// Starts to load neighbouring bytes as they are, a multiple of 16.
+// Starts to load neighbouring bytes as they are. Both addresses and `bytes` are multiples of 16.
 __device__ static inline void bulk_load(void *shared, const void *global, int bytes,
                                         uint64_t *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "

@@ -83,7 +83,7 @@ else
     say "no PyTorch with CUDA in $PYTHON: no speeds beside it, no large reference files"
 fi
 
-gpu=native # or with the kernels of dev/hopper.h
+gpu=native # or with the kernels of dev/hopper*.h
 [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] && gpu=sm_90a
 # C75..: ptxas says that products of wgmma will wait for each other, or that setmaxnreg is ignored
 step 150 build 'error|warning|C75' make -j"$(nproc)" WARNINGS= GPU=$gpu loopmdm \

@@ -7,9 +7,16 @@ scaled_dot_product_attention. Reads the table that a program built for profiling
     python3 dev/bench/libraries.py LOG --batch 16 --seq-len 1024 --heads 12 --channels 768
 
 Prints a line for each kind of product: its microseconds here and in the library, and the ratio of
-speeds, which is above 1 where loopmdm is faster. All is in bf16. The library's product has no
-bias, GELU or residual, and stores bf16; loopmdm's weight's gradients are added to float. The
-products that split their sums have the time of sum_parts in another line of the profile.
+speeds, which is above 1 where loopmdm is faster. All is in bf16. It is not quite the same work:
+
+- The library's product has no bias, GELU or residual, and stores bf16. loopmdm stores its logits,
+  residuals and gradients of weights as float.
+- loopmdm splits the long sums of its weights' gradients. The time of adding up the parts is not in
+  their lines, but in the profile's line sum_parts.
+- The number of rows is the mean of those in the profile, rounded to a multiple of 128.
+- A weight with 50257 rows is bad for cuBLAS, as 50257 is odd. loopmdm pads the logits.
+
+Attention's backward is all of the profile's attention_* but the forward.
 """
 import argparse
 import re

@@ -241,8 +241,8 @@ static void matmul5(float *out, const floatX *inp, const floatX *weight, const f
 // 6. The kernel of dev/hopper.h, for H100 and H200
 //
 // wgmma multiplies tiles where they lie in shared memory: no load into registers, and four warps
-// share each tile of B. TMA brings the tiles without a thread's help. Tiles of 128 x 256 need fewer
-// loads for each product. Blocks stay and load what is next while they store.
+// share each tile of B. TMA brings the tiles without a thread's help. Two groups of warps take
+// turns: one stores its tile while the other multiplies the next.
 // Other GPUs run version 5 here, and so do shapes whose rows are no multiple of 16 bytes.
 
 static void matmul6(float *out, const floatX *inp, const floatX *weight, const float *bias, int M,
