@@ -430,12 +430,13 @@ struct StoreResidual { // out = inp + C + bias
     const float *inp, *bias;
     int ld;
     template <int N> __device__ void read(float (&u)[N], int i, int j) const {
+        float b[N];
         load(u, inp + (size_t)i * ld + j);
+        load(b, bias + j);
+        for (int e = 0; e < N; e++) u[e] += b[e];
     }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
-        float b[N]; // not in read(): it is in the cache, and there are not registers for both
-        load(b, bias + j);
-        for (int e = 0; e < N; e++) x[e] = u[e] + (x[e] + b[e]);
+        for (int e = 0; e < N; e++) x[e] += u[e];
         store(out + (size_t)i * ld + j, x);
     }
 };
@@ -567,8 +568,9 @@ __global__ void column_sums_kernel(Epilogue epilogue, const T *inp, int ld, int 
     int column = (blockIdx.x * WARP + lane) * W, each = blocks(M, gridDim.y); // rows of a part
     int begin = blockIdx.y * each, end = min(M, begin + each);
     float sum[W] = {};
+    if (column >= N) end = begin;
 #pragma unroll 8 // many loads at a time
-    for (int i = begin + warp; i < end && column < N; i += THREADS / WARP) {
+    for (int i = begin + warp; i < end; i += THREADS / WARP) {
         float row[W];
         load(row, inp + (size_t)i * ld + column);
         for (int e = 0; e < W; e++) sum[e] += row[e];
@@ -710,8 +712,9 @@ __global__ void wte_backward_kernel(float *dwte, const float *dout, const int *x
         if (same) found[before + __popc(votes & ((1u << lane) - 1))] = j; // after lower lanes' ones
         __syncthreads();
 
+        if (c >= C) n = 0;
 #pragma unroll 8 // many loads at a time: there may be thousands of MASK
-        for (int k = thread / CHANNELS; k < n && c < C; k += TOGETHER)
+        for (int k = thread / CHANNELS; k < n; k += TOGETHER)
             sum += dout[(size_t)found[k] * C + c];
     }
     sums[thread] = sum;
@@ -790,11 +793,12 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, const float
 // A lane or thread has N neighbours at a time.
 // Grid: any. Block: THREADS. Shared memory: (2,C) floats.
 template <int N>
-__global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *parts,
-                                          const floatX *dout, const float *inp, const float *weight,
+__global__ void layernorm_backward_kernel(float *__restrict__ dinp, floatX *__restrict__ dinpx,
+                                          float *parts, const floatX *__restrict__ dout,
+                                          const float *__restrict__ inp, const float *weight,
                                           const float *mean, const float *rstd, int M, int C) {
     extern __shared__ __align__(16) float sums[];
-    __shared__ float of_row[THREADS / WARP][4]; // mean, rstd, mean(g), mean(g xhat)
+    __shared__ __align__(16) float of_row[THREADS / WARP][4]; // mean, rstd, mean(g), mean(g xhat)
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, each = blocks(M, gridDim.x);
     int begin = blockIdx.x * each, end = min(M, begin + each);
     float dy[N], x[N], w[N], dx[N];
@@ -814,7 +818,7 @@ __global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *par
                 }
             }
             float four[4] = {m, s, warp_sum(g) / C, warp_sum(gx) / C};
-            if (lane < 4) of_row[warp][lane] = four[lane];
+            if (lane == 0) store(of_row[warp], four);
         }
         __syncthreads(); // all rows are summed up
 
@@ -822,6 +826,7 @@ __global__ void layernorm_backward_kernel(float *dinp, floatX *dinpx, float *par
         for (int c = threadIdx.x * N; c < C; c += THREADS * N) { // the same thread each time
             float dw[N] = {}, db[N] = {};
             load(w, weight + c);
+#pragma unroll 4
             for (int r = 0; r < rows; r++) {
                 const float *row = of_row[r];
                 size_t at = (size_t)(i0 + r) * C + c;

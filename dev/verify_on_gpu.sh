@@ -16,7 +16,10 @@ name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1
 : "${COMMIT:=$(git rev-parse --short HEAD 2>/dev/null)}"
 export PYTHON
 large=build/test/large
-fast=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d) # checkpoints of d12 have gigabytes
+fast=$(mktemp -d)
+# Checkpoints of d12 have gigabytes. They go into memory where there are 16 GiB of it.
+[ "$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 16777216 ] 2>/dev/null &&
+    fast=$(mktemp -d -p /dev/shm)
 result=$OUT/gpu_$(echo "$name" | tr -c 'A-Za-z0-9\n' '_')
 logs=build/test/gpu_logs
 rm -rf $logs $large
@@ -36,7 +39,7 @@ step() {
         failed=1
         return
     fi
-    timeout "$limit" "$@" >"$logs/$title.log" 2>&1
+    timeout -k 5 "$limit" "$@" >"$logs/$title.log" 2>&1
     code=$?
     say "---- $title ($((SECONDS - began)) s)"
     grep -aE "$words" "$logs/$title.log" | tee -a "$result.txt"
@@ -57,7 +60,12 @@ digests() {
     done
 }
 
-layers() { build/test_cuda_fp32 --layers && build/test_cuda_bf16 --layers; }
+layers() {
+    local code
+    build/test_cuda_fp32 --layers
+    code=$?
+    build/test_cuda_bf16 --layers && return $code
+}
 
 end() {
     say "---- $SECONDS s in all; $(grep -c '^FAIL' "$result.txt") failures"
@@ -66,7 +74,6 @@ end() {
 }
 
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$fast"' EXIT
-export TMPDIR=$fast # bench.py writes models too
 export -f digests layers
 export logs
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
@@ -91,7 +98,7 @@ step 150 build 'error|warning|C75' make -j"$(nproc)" WARNINGS= GPU=$gpu loopmdm 
     build/study_{matmul,attention,head}_cuda \
     build/stories_{train,val}.bin
 step 30 layers 'passed|FAIL' bash -c layers
-[ $failed = 0 ] || end
+grep -q '^FAIL  layers' "$result.txt" && end
 step 30 digests digest bash -c digests
 step 60 profile '^(matmul|[a-z_]+ )|launches|step' env CUDA_MODULE_LOADING=EAGER \
     build/loopmdm_cuda_profile train --data build/stories_train.bin --vocab 50257 --model d12 \
@@ -99,6 +106,8 @@ step 60 profile '^(matmul|[a-z_]+ )|launches|step' env CUDA_MODULE_LOADING=EAGER
 if [ $torch = 1 ]; then
     step 30 libraries . $PYTHON dev/bench/libraries.py $logs/profile.log --batch 16 \
         --seq-len 1024 --heads 12 --channels 768
+    export TMPDIR=$fast # for the models that bench.py has trained
+    export TORCHINDUCTOR_CACHE_DIR=$PWD/build/test/inductor # programs, which TMPDIR may not run
     step 60 d6 '^(train|d6)' $PYTHON dev/bench/bench.py --device cuda
     step 90 d12 '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
         --vocab 50257 --batch 16 --steps 10 --turns 2
@@ -107,6 +116,7 @@ if [ $torch = 1 ]; then
     for model in nano d2; do
         step 60 $model '^(train|nano|d2)' $PYTHON dev/bench/bench.py --device cuda --model $model
     done
+    unset TMPDIR
     wait $dump && export LARGE=$large # for the tests
 fi
 step 150 tests 'passed|FAIL' bash dev/test/test_cuda.sh cuda
