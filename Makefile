@@ -187,9 +187,12 @@ train: loopmdm $(STORIES)
 
 HARD = ....8..6...367.4.86..1.3.57..8.5..311........5....29..3.4..7..................142
 demo: loopmdm
+	@echo 'Three stories, from nothing but masks:'
 	./loopmdm sample --model dev/models/stories -n 3 --steps 96 --temperature 0.7 --block 8 \
-		--order margin
+		--order margin --seed 3
+	@echo 'A text with blanks, filled in step by step:'
 	./loopmdm sample --model dev/models/stories --fill $(FILL) --temperature 0 --watch
+	@echo 'A hard Sudoku in four denoising steps: what the model sees after each loop of each step:'
 	./loopmdm sample --model dev/models/sudoku --puzzle $(HARD) --temperature 0 --steps 4 \
 		--loops 12 --watch --show-loops
 

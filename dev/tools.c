@@ -1855,7 +1855,7 @@ static void draw_in_place(Watch *w, const char *s, const char *label) {
     for (; *s && w->lines < height; w->lines++) // what does not fit on the screen is left out
         s += draw_wrapped(s, width);
     fflush(stdout);
-    struct timespec pause = {0, (w->show_loops ? 4 : 1) * 60000000L}; // long enough to be seen
+    struct timespec pause = {0, (w->show_loops ? 2 : 1) * 60000000L}; // long enough to be seen
     nanosleep(&pause, NULL);
 }
 

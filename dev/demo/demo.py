@@ -426,7 +426,7 @@ def main():
     puzzle, boards, wrong = sudoku
     print("puzzle:", " ".join(puzzle[i:i + SIDE] for i in range(0, SIDE * SIDE, SIDE)))
     for loop, count in enumerate(wrong, 1):
-        print(f"after loop {loop}: {count} wrong digits")
+        print(f"after loop {loop}: {count} wrong digit{'s' * (count != 1)}")
     save(draw_frames(story, sudoku), options.out)
 
 

@@ -34,7 +34,7 @@ MODELS = ("MDM", "deeper MDM", "LoopMDM")
 DEEPER = {"rule30": 9, "problems": 9, "sudoku9": 10}  # layers
 RATES = {task: pick((2e-3,), rates) for task, rates in {
     "rule30": (2e-3, 4e-3, 8e-3, 1.6e-2), "problems": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    "sudoku9": (1e-3, 2e-3, 4e-3)}.items()}
+    "sudoku9": (1e-3, 2e-3, 4e-3, 8e-3)}.items()}
 LOOPS = pick((1, 2), (1, 2, 4, 6, 8, 12, 24))
 STEPS = pick((1, 2), (1, 2, 5, 10, 20))
 CELLS, ROWS = 16, 10  # of rule30

@@ -383,6 +383,25 @@ def check_page(driver, screenshot):
     check("page: a text that is too long: a line says so",
           not page.comes(lambda: "are possible" in page.find("#status").text))
 
+    page.set("story-start", "One")
+    silent = []
+    for name, value, said in (
+            ("steps", 0, "Denoising steps: give a whole number from 1 to 96."),
+            ("loops", 25, "Loops: give a whole number from 1 to 24."),
+            ("block", "", "Blocks of: give a whole number from 1 to 96."),
+            ("temperature", -1, "Temperature: give a number from 0 to 2."),
+            ("seed", 1.5, "Seed: give a whole number from 1 to 999999.")):
+        before = page.find(f"#story-{name}").get_property("value")
+        page.set(f"story-{name}", value)
+        page.script("document.querySelector('details').open = false")
+        write.click()
+        if not page.comes(lambda: page.find("#status").text == said):
+            silent.append(name)
+        if page.script("return document.activeElement.id") != f"story-{name}":
+            silent.append(f"focus of {name}")
+        page.set(f"story-{name}", before)
+    check(f"page: numbers that are not possible: a line says so {silent}", len(silent))
+
     # Keys: the tabs, then a board.
     tab = page.find("#tab-story")
     tab.click()

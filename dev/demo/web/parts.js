@@ -1,9 +1,20 @@
 // What the three views share.
 
 export const $ = id => document.getElementById(id);
-export const number = id => Number($(id).value);
 export const percent = p => `${Math.round(100 * p)} %`;
 export const status = text => { $('status').textContent = text; };
+
+// The number in a field. One that is not possible is an error, and the user is taken there.
+export function number(id) {
+    const field = $(id);
+    if (field.checkValidity()) return Number(field.value);
+    const details = field.closest('details');
+    if (details) details.open = true;
+    field.focus();
+    const kind = field.step === 'any' ? 'number' : 'whole number';
+    const name = field.labels[0].textContent.trim();
+    throw new Error(`${name}: give a ${kind} from ${field.min} to ${field.max}.`);
+}
 
 // ---- the worker ----
 
@@ -114,17 +125,17 @@ export class Run {
     isBlank(tokens, t) { return tokens[t] === this.model.about.mask; }
 
     // final: the tokens of the last step so far, whatever the user changes in the history.
-    begin(tokens) {
+    begin(tokens, steps = 0) {
         const none = tokens.map(() => this.model.about.mask);
         this.history = [{step: 0, tokens, guess: none, probability: tokens.map(() => 1)}];
-        this.final = tokens;
+        Object.assign(this, {steps, final: tokens});
     }
 
     // Fills in the blanks of tokens. Calls shown() at the beginning and after each step.
     async fill(tokens, options, shown) {
         if (!tokens.includes(this.model.about.mask))
             throw new Error('There is no blank to fill in.');
-        this.begin(tokens);
+        this.begin(tokens, options.steps);
         const history = this.history;
         shown();
         await ask(this.model.name, 'sample', {tokens, options}, state => {

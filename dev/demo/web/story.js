@@ -42,7 +42,7 @@ export const story = {
         const blanks = [...tokens.keys()].filter(t => tokens[t] === this.model.about.mask);
         const blocks = new Set(blanks.map(t => Math.floor(t / options.block))).size;
         if (blocks > options.steps)
-            throw new Error(`${blocks} blocks with blanks need as many denoising steps.`);
+            throw new Error(`There are blanks in ${blocks} blocks: give as many denoising steps.`);
         await this.run.fill(tokens, options, () => { // shows the newest step
             const last = this.run.history.length - 1;
             Object.assign($('story-step'), {max: last, value: last});
@@ -69,7 +69,7 @@ export const story = {
 
     draw() {
         const state = this.shown();
-        $('story-at').textContent = `${state.step} of ${$('story-steps').value}`;
+        $('story-at').textContent = `${state.step} of ${this.run.steps}`;
         refill($('story-text'), this.words().flatMap(word => this.drawWord(word, state)));
     },
 

@@ -174,26 +174,28 @@ export const sudoku = {
         const loop = Math.min(number('sudoku-loop'), (state.seen || []).length);
         const guess = loop ? this.digits(state.seen[loop - 1].guess) : state.tokens.map(() => 0);
         const board = this.digits(state.tokens).map((digit, i) => digit || guess[i]);
+        const given = this.digits(this.run.start);
         const [solution, another] = this.solutions || [];
         const isOne = solution && !another;
         let wrong = 0;
         drawBoard($('sudoku-board'), i => {
             const digit = board[i];
-            const isGiven = !this.run.isBlank(this.run.start, i);
             const isGuess = this.run.isBlank(state.tokens, i);
-            const isWrong = digit && !isGiven
-                && (isOne ? digit !== solution[i] : clashes(board, i));
+            const isWrong = digit && (given[i] ? clashes(given, i)
+                : isOne ? digit !== solution[i] : clashes(board, i));
             wrong += isWrong ? 1 : 0;
-            const kind = isGiven ? 'given'
-                : (isWrong ? 'wrong' : 'right') + (isGuess ? ' guess' : '');
+            const kind = [given[i] && 'given', isWrong && 'wrong', !given[i] && !isWrong && 'right',
+                isGuess && 'guess'].filter(Boolean).join(' ');
             return {className: digit ? kind : '', textContent: digit || '',
                 name: digit ? `${digit}, ${kind}` : 'blank', isChosen: i === this.chosen};
         });
-        $('sudoku-at').textContent = `${state.step} of ${$('sudoku-steps').value}`;
+        $('sudoku-at').textContent = `${state.step} of ${this.run.steps}`;
         $('sudoku-loops-at').textContent = number('sudoku-loops');
         $('sudoku-loop-at').textContent = loop || 'none';
-        $('sudoku-count').textContent = `${wrong} wrong digit${wrong === 1 ? '' : 's'}`
-            + (isOne ? '' : !this.solutions ? '; too many boards to look for solutions'
-                : another ? '; there is more than one solution' : '; there is no solution');
+        const count = `${wrong} wrong digit${wrong === 1 ? '' : 's'}`;
+        $('sudoku-count').textContent = isOne ? count
+            : !this.solutions ? `${count}; too many boards to look for solutions`
+                : another ? `${count}; there is more than one solution`
+                    : 'There is no solution. Digits that exclude each other are red.';
     },
 };
