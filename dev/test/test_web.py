@@ -434,6 +434,9 @@ def check_page(driver, screenshot):
     check("page: digits are typed into the cells that were clicked", page.script(
         "return [4, 40].map(i => document.querySelector("
         "`#sudoku-board [data-position='${i}']`).textContent).join('')") != "96")
+    driver.switch_to.active_element.send_keys("x")
+    check("page: a letter in a cell: a line says what to type",
+          not page.comes(lambda: "1 to 9" in page.find("#status").text))
     check("page: then there is no solution",
           not page.comes(lambda: "no solution" in page.find("#sudoku-count").text))
     page.set("sudoku-puzzle", PUZZLE, "change")

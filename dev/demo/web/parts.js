@@ -113,6 +113,13 @@ export function play(button, step) {
     });
 }
 
+// Says which step of a run a view shows: beside its slider, and to who only hears the slider.
+export function sayStep(view, {step}, {steps}) {
+    const text = `${step} of ${steps}`;
+    $(`${view}-at`).textContent = text;
+    $(`${view}-step`).setAttribute('aria-valuetext', text);
+}
+
 // ---- a run of the sampler, which two views show step by step ----
 
 export class Run {

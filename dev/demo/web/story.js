@@ -1,6 +1,7 @@
 // The first view: a story that is filled in, step by step.
 
-import {$, Run, act, ask, make, number, percent, play, refill, rove} from './parts.js';
+import {$, Run, act, ask, make, number, percent, play, refill, rove,
+    sayStep} from './parts.js';
 
 export const story = {
     model: {name: 'stories'},
@@ -69,7 +70,7 @@ export const story = {
 
     draw() {
         const state = this.shown();
-        $('story-at').textContent = `${state.step} of ${this.run.steps}`;
+        sayStep('story', state, this.run);
         refill($('story-text'), this.words().flatMap(word => this.drawWord(word, state)));
     },
 

@@ -1,6 +1,6 @@
 // The second view: a Sudoku, by denoising steps and by loops.
 
-import {$, Run, act, ask, make, number, play, refill, rove} from './parts.js';
+import {$, Run, act, ask, make, number, play, refill, rove, sayStep, status} from './parts.js';
 
 const SIDE = 9;
 const BOX = 3;
@@ -92,7 +92,8 @@ export const sudoku = {
         $('sudoku-board').addEventListener('keydown', event => {
             if (event.ctrlKey || event.metaKey || event.altKey) return;
             if (/^[0-9]$/.test(event.key)) this.type(Number(event.key));
-            if (['Backspace', 'Delete'].includes(event.key)) this.type(0);
+            else if (['Backspace', 'Delete'].includes(event.key)) this.type(0);
+            else if (/^[^ ]$/u.test(event.key)) status('Type 1 to 9, or 0 for a blank.');
         });
         await this.load($('sudoku-puzzle').value);
         await this.solve();
@@ -189,7 +190,7 @@ export const sudoku = {
             return {className: digit ? kind : '', textContent: digit || '',
                 name: digit ? `${digit}, ${kind}` : 'blank', isChosen: i === this.chosen};
         });
-        $('sudoku-at').textContent = `${state.step} of ${this.run.steps}`;
+        sayStep('sudoku', state, this.run);
         $('sudoku-loops-at').textContent = number('sudoku-loops');
         $('sudoku-loop-at').textContent = loop || 'none';
         const count = `${wrong} wrong digit${wrong === 1 ? '' : 's'}`;
