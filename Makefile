@@ -189,7 +189,7 @@ HARD = ....8..6...367.4.86..1.3.57..8.5..311........5....29..3.4..7.............
 demo: loopmdm
 	@echo 'Three stories, from nothing but masks:'
 	./loopmdm sample --model dev/models/stories -n 3 --steps 96 --temperature 0.7 --block 8 \
-		--order margin --seed 3
+		--order margin --seed 9
 	@echo 'A text with blanks, filled in step by step:'
 	./loopmdm sample --model dev/models/stories --fill $(FILL) --temperature 0 --watch
 	@echo 'A hard Sudoku in four denoising steps: what the model sees after each loop of each step:'
@@ -208,7 +208,7 @@ models: loopmdm build/stories_more.bin build/sudoku9_train.bin
 	cp build/sudoku9_run/model.bin build/sudoku9_run/tokenizer.bin dev/models/sudoku
 STORY = --fixed-rows --layers 4 --channels 76 --heads 2 --seq-len 96 --loop 1:3 --max-loops 4 \
 	--batch 16 --steps 32000 --lr 2e-3 --warmup 1000 --noise-warmup 16000 --ema 0.999 \
-	--floor 0.01 --seed 2
+	--floor 0.01
 SUDOKU = --fixed-rows --layers 3 --channels 96 --heads 4 --seq-len 81 --loop 1:3 --max-loops 8 \
 	--batch 32 --steps 25000 --lr 2e-3 --warmup 1000 --ema 0.999 --floor 0.01
 

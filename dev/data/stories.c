@@ -96,7 +96,7 @@ static const char *const plots[][16] = {
         "\n\"[Do not be sad. We can fix it|I can help you fix it],\" said {his} {parent}.",
         "They worked [all morning|for a long time], "
         "and soon the {look} {thing} was [as good as new|not broken any more].",
-        "\"Thank you, {Parent}! I will not run in the {place} again,\" said {name}.|"
+        "\"Thank you! I will not run in the {place} again,\" said {name} to {his} {parent}.|"
         "{name} gave {his} {parent} a hug and did not run in the {place} again.",
     },
     { // a gift
