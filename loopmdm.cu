@@ -963,13 +963,13 @@ void store_rows(floatX *to, size_t ld, const float result[D / 8][4], int rows, i
         }
 }
 
-// Sets p (16,8N) to x in the columns from `begin` on.
-template <int N> __device__ static inline void set_beyond(float (&p)[N][4], int begin, float x) {
+// Sets scores p (16,8N) to -infinity in the columns from `begin` on.
+template <int N> __device__ static inline void mask_beyond(float (&p)[N][4], int begin) {
 #pragma unroll
     for (int j = 0; j < N; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            if (j * 8 + (int)threadIdx.x % 4 * 2 + e % 2 >= begin) p[j][e] = x;
+            if (j * 8 + (int)threadIdx.x % 4 * 2 + e % 2 >= begin) p[j][e] = -INFINITY;
 }
 
 // One step of the online softmax, for a warp's 16 queries and so many keys of KEYS. p (16,KEYS) are
@@ -978,7 +978,7 @@ template <int N> __device__ static inline void set_beyond(float (&p)[N][4], int 
 template <int D> __device__ static inline
 void online_softmax(float (&p)[KEYS / 8][4], float y[D / 8][4], float largest[2], float sum[2],
                     float scale2, int keys) {
-    if (keys < KEYS) set_beyond(p, keys, -INFINITY);
+    if (keys < KEYS) mask_beyond(p, keys);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m = largest[half], s = 0;
@@ -1168,7 +1168,7 @@ attention_backward_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
 
         float p[N / 8][4] = {}, dscores[N / 8][4] = {}; // first scores and dp
         multiply_rows<D, N>(p, x1 + warp * 16 * LD, y1, dscores, x2 + warp * 16 * LD, y2);
-        if (!OF_KEYS && T - u0 < N) set_beyond(p, T - u0, -INFINITY);
+        if (!OF_KEYS && T - u0 < N) mask_beyond(p, T - u0);
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             float others[4]; // lse and delta of two queries

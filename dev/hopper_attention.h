@@ -190,7 +190,7 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
         if (step > 0 && lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
         keep(p);
 
-        if (!OF_KEYS && T - u0 < SLICE) set_beyond(p, T - u0, -INFINITY);
+        if (!OF_KEYS && T - u0 < SLICE) mask_beyond(p, T - u0);
         float others[SLICE / 8][4]; // lse and delta of two queries for each j
 #pragma unroll
         for (int j = 0; j < SLICE / 8; j++) {

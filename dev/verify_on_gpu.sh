@@ -16,10 +16,11 @@ name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1
 : "${COMMIT:=$(git rev-parse --short HEAD 2>/dev/null)}"
 export PYTHON
 large=build/test/large
-fast=$(mktemp -d)
 # Checkpoints of d12 have gigabytes. They go into memory where there are 16 GiB of it.
+fast=${TMPDIR:-/tmp}
 [ "$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 16777216 ] 2>/dev/null &&
-    fast=$(mktemp -d -p /dev/shm)
+    fast=/dev/shm
+fast=$(mktemp -d -p "$fast")
 result=$OUT/gpu_$(echo "$name" | tr -c 'A-Za-z0-9\n' '_')
 logs=build/test/gpu_logs
 rm -rf $logs $large
@@ -106,17 +107,17 @@ step 60 profile '^(matmul|[a-z_]+ )|launches|step' env CUDA_MODULE_LOADING=EAGER
 if [ $torch = 1 ]; then
     step 30 libraries . $PYTHON dev/bench/libraries.py $logs/profile.log --batch 16 \
         --seq-len 1024 --heads 12 --channels 768
-    export TMPDIR=$fast # for the models that bench.py has trained
-    export TORCHINDUCTOR_CACHE_DIR=$PWD/build/test/inductor # programs, which TMPDIR may not run
-    step 60 d6 '^(train|d6)' $PYTHON dev/bench/bench.py --device cuda
-    step 90 d12 '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
+    # Models go into $fast. torch.compile makes programs, and not every /dev/shm may run any.
+    bench="env TMPDIR=$fast TORCHINDUCTOR_CACHE_DIR=$PWD/build/test/inductor
+        $PYTHON dev/bench/bench.py --device cuda"
+    step 60 d6 '^(train|d6)' $bench
+    step 90 d12 '^(train|d12)' $bench --model d12 \
         --vocab 50257 --batch 16 --steps 10 --turns 2
-    step 90 d12_padded '^(train|d12)' $PYTHON dev/bench/bench.py --device cuda --model d12 \
+    step 90 d12_padded '^(train|d12)' $bench --model d12 \
         --vocab 50304 --batch 16 --steps 10 --turns 2
     for model in nano d2; do
-        step 60 $model '^(train|nano|d2)' $PYTHON dev/bench/bench.py --device cuda --model $model
+        step 60 $model '^(train|nano|d2)' $bench --model $model
     done
-    unset TMPDIR
     wait $dump && export LARGE=$large # for the tests
 fi
 step 150 tests 'passed|FAIL' bash dev/test/test_cuda.sh cuda

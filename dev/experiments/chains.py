@@ -14,7 +14,7 @@ All blanks are filled in greedily, by confidence.
 The models are an MDM, LoopMDM with the same parameters (S drawn from 1 to 6; sudoku9: to 8), and a
 deeper MDM whose training step costs as much as LoopMDM's mean step. All have the same training
 FLOPs; what a denoising step costs differs, and the tables have it. The highest learning rate of
-each is the best of three to five: with a quarter of the FLOPs (sudoku9: a twelfth), two seeds
+each is the best of four or five: with a quarter of the FLOPs (sudoku9: a twelfth), two seeds
 (rule30: one), LoopMDM with its most loops, and other masks of the same held-out sequences.
 """
 import array
