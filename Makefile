@@ -61,8 +61,9 @@ PRECISION_fp32 = -DBF16=0
 PRECISION_bf16 = -DBF16=1 -DHOPPER=$(if $(filter sm_90a,$(GPU)),1,0)
 PRECISION_profile = $(PRECISION_bf16) -DPROFILE=1
 ARCH_sm_90a = -gencode=arch=compute_90a,code=sm_90a
-NVCCFLAGS = -O3 -std=c++17 -I. $(or $(ARCH_$(GPU)),-arch=$(GPU)) --Werror all-warnings \
-	-Xcompiler "$(WARNINGS) -Wno-unknown-pragmas" $(PROCESSES) $(NVCC_PROCESSES)
+NVCCFLAGS = -O3 -std=c++17 -I. -default-stream=per-thread $(or $(ARCH_$(GPU)),-arch=$(GPU)) \
+	--Werror all-warnings -Xcompiler "$(WARNINGS) -Wno-unknown-pragmas" \
+	$(PROCESSES) $(NVCC_PROCESSES)
 
 # A waiting thread of GCC's OpenMP spins for milliseconds before it sleeps. That can cost nearly
 # all speed when other programs need the cores, so it sleeps sooner. ./loopmdm sees to that itself;

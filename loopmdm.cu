@@ -22,12 +22,8 @@ into shared memory.
 No sum depends on which block comes first: there are no atomics. The same seed gives the same bits
 on the same model of GPU. (Long sums are split into parts. How many depends on its multiprocessors.)
 
-Build with make loopmdm_cuda, or with
-    nvcc -O3 -std=c++17 -arch=native -x cu -I. -DBF16=1 -DBACKEND='"loopmdm.cu"' \
-        dev/tools.c -o loopmdm_cuda
-and for an H100 or H200 with -gencode=arch=compute_90a,code=sm_90a -DHOPPER=1 in the place of
--arch=native. BF16=0 is fp32. Without a GPU, make loopmdm_cuda_on_cpu runs the same kernels on the
-CPU: see dev/cuda_on_cpu/cuda_on_cpu.h.
+make loopmdm_cuda builds it; the Makefile has nvcc's options. Without a GPU make loopmdm_cuda_on_cpu
+runs the same kernels: dev/cuda_on_cpu/cuda_on_cpu.h is a small CUDA for the CPU.
 */
 #ifndef BF16
 #define BF16 0
@@ -779,9 +775,8 @@ __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd, 
 
 static void layernorm_forward(floatX *out, float *mean, float *rstd, const float *inp,
                               const float *weight, const float *bias, int M, int C) {
-    int grid = blocks(M, THREADS / WARP);
     auto kernel = C % 4 == 0 ? layernorm_forward_kernel<4> : layernorm_forward_kernel<1>;
-    kernel<<<grid, THREADS>>>(out, mean, rstd, inp, weight, bias, M, C);
+    kernel<<<blocks(M, THREADS / WARP), THREADS>>>(out, mean, rstd, inp, weight, bias, M, C);
     launched("layernorm_forward");
 }
 
@@ -789,8 +784,7 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, const float
 //   dinp += rstd (g - mean(g) - xhat mean(g xhat)),  dweight += sum(dout xhat),  dbias += sum(dout)
 // dinpx (M,C) is a copy of the sum for the next matrix product. Each block has a part of the rows,
 // and leaves its part of dweight and dbias in parts (blocks,2,C). It takes 8 rows at a time: first
-// each warp sums one up, then each thread has columns of all.
-// A lane or thread has N neighbours at a time.
+// each warp sums one up, then each thread has columns of all. N neighbours are loaded at a time.
 // Grid: any. Block: THREADS. Shared memory: (2,C) floats.
 template <int N>
 __global__ void layernorm_backward_kernel(float *__restrict__ dinp, floatX *__restrict__ dinpx,
@@ -1268,8 +1262,7 @@ __global__ void gather_forward_kernel(float *out, const float *inp, const int *p
 }
 
 static void gather_forward(float *out, const float *inp, const int *positions, int R, int C) {
-    int n = blocks((size_t)R * C, THREADS);
-    gather_forward_kernel<<<n, THREADS>>>(out, inp, positions, R, C);
+    gather_forward_kernel<<<blocks((size_t)R * C, THREADS), THREADS>>>(out, inp, positions, R, C);
     launched("gather_forward");
 }
 
@@ -1478,6 +1471,8 @@ static void sample_forward(int *token, double *score, const float *logits, const
 // =================================================================================================
 // 4. Memory, noise, a block forward and backward, head, loss, AdamW
 
+#include "dev/graphs.h" // in training the kernels of a pass are one launch
+
 enum { SQUARES = 1 << 14 }; // how many numbers' squares a block of gradient_norm() adds up
 
 typedef struct {                            // what a pass computes, kept for its backward
@@ -1518,6 +1513,7 @@ typedef struct { // as in loopmdm.c; only acts and sequence_loss are on the host
     int *ids, *token;                       // (B) sequence numbers, (head_rows) sampled tokens
     double *score, *change;                 // (head_rows), (B)
     double *sequence_loss_gpu, *sequence_loss; // (B), and a copy on the host
+    Graphs *graphs;                         // in training: recorded passes
     int B, T, S, R;
 } Model;
 
@@ -1566,9 +1562,8 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
         {&m->dlogits, BF16 && training ? logits * X : 0}, {&m->losses, BT * F},
         {&m->dres, grad * F}, {&m->dhead, training ? R * C * F : 0},
         {&m->lse_delta, training ? 2 * B * c.heads * padded_T * F : 0}, {&m->dresx, grad * X},
-        {&m->dln, grad * X},
-        {&m->datty, grad * X}, {&m->dwide, 4 * grad * X}, {&m->before, kept * F},
-        {&m->settled, kept * F}, {&m->parts.memory, m->parts.size * F},
+        {&m->dln, grad * X}, {&m->datty, grad * X}, {&m->dwide, 4 * grad * X},
+        {&m->before, kept * F}, {&m->settled, kept * F}, {&m->parts.memory, m->parts.size * F},
     };
     m->bytes[ACTIVATIONS] = lay_out(pieces, COUNT(pieces), (char *)m->memory[ACTIVATIONS]);
     for (size_t p = 0; acts_memory && p < num_acts; p++)
@@ -1645,6 +1640,7 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     }
     m->acts = (Acts *)allocate(num_passes(m->config, S), sizeof(Acts), "the model");
     m->sequence_loss = (double *)allocate(B, sizeof(double), "the losses");
+    m->graphs = training ? new Graphs : NULL;
     model_plan(m, B, T, S, training, recompute); // now with pointers
 
     size_t n = (size_t)T * (D / 2);
@@ -1659,6 +1655,7 @@ static void model_free(Model *m) {
     for (int i = 0; i < NUM_MEMORIES; i++) cuda_check(cudaFree(m->memory[i]), "freeing memory");
     free(m->acts);
     free(m->sequence_loss);
+    delete m->graphs;
     memset(m, 0, sizeof *m);
 }
 
@@ -1697,6 +1694,8 @@ static const floatX *matrix(const Model *m, const float *w) {
 
 static void block_forward(Model *m, int p, int layer) {
     int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
+    Recording pass(m->graphs, FORWARD, p, layer, B, T);
+    if (pass.replayed) return;
     const float *inp = pass_input(m, p);
     float *w[NUM_TENSORS];
     layer_tensors(w, &m->params, layer);
@@ -1721,8 +1720,10 @@ static void block_forward(Model *m, int p, int layer) {
 
 // m->dres is first the gradient of out, and so of res2; each branch adds its part, from the end on.
 static void block_backward(Model *m, int p, int layer) {
-    if (m->recompute) block_forward(m, p, layer); // the same numbers again
     int B = m->B, T = m->T, C = m->config.channels, NH = m->config.heads, BT = B * T;
+    Recording pass(m->graphs, BACKWARD, p, layer, B, T);
+    if (pass.replayed) return;
+    if (m->recompute) block_forward(m, p, layer); // the same numbers again
     float *w[NUM_TENSORS], *dw[NUM_TENSORS];
     layer_tensors(w, &m->params, layer);
     layer_tensors(dw, &m->grads, layer);

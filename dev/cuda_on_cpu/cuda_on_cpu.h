@@ -42,7 +42,8 @@ thread and line ends the program when
     -fsanitize=undefined),
   - all wait at mbarriers and nothing is on its way to them, or a block ends before what is on its
     way has arrived,
-  - the arguments of a launch or a copy are not device memory.
+  - the arguments of a launch or a copy are not device memory,
+  - a graph records a kernel that has not run before: a GPU may have to load it then.
 
 Limits:
   - A warp collective is for all lanes that have not exited, with width 32. Masks for a part of a
@@ -56,6 +57,7 @@ Limits:
     __constant__ by its name, and a kernel may write one with __constant__: only nvcc warns.
   - Launches and copies are done when they return. A missing cudaDeviceSynchronize, or a missing
     wait for another stream, does not show.
+  - Graphs record launches only, but those of all streams.
   - The template arguments of a kernel are written out, without < or > in them. A launch stands in
     one line up to its (. For one in a macro, errors name the kernel as the macro does.
   - A shared array is declared by itself in a line. Others work too, but start as zeros, and
@@ -74,6 +76,7 @@ Limits:
 #include <time.h>
 #include <unistd.h>
 #include <atomic>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -1163,7 +1166,8 @@ static int shared_max() { // bytes of it that a block may have at most
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
-    cudaErrorNoKernelImageForDevice = 209
+    cudaErrorNoKernelImageForDevice = 209, cudaErrorIllegalState = 401,
+    cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
@@ -1172,6 +1176,11 @@ enum cudaMemcpyKind {
 enum { cudaMemAttachGlobal = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 typedef struct CUstream_st {} *cudaStream_t;
+#define cudaStreamPerThread ((cudaStream_t)2)
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed
+};
+typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t; // recorded launches
 typedef double *cudaEvent_t; // seconds
 struct cudaDeviceProp {
     char name[256];
@@ -1189,6 +1198,8 @@ struct Allocation {
 inline std::map<char *, Allocation> allocations;
 inline size_t allocated;
 inline std::map<const void *, size_t> shared_limits; // of the kernels that asked
+inline std::set<const void *> loaded;                // kernels that have run
+inline cudaGraph_t recording;                        // a graph that is being recorded, or NULL
 inline cudaError_t last_error;
 
 inline cudaError_t result(cudaError_t e) {
@@ -1198,6 +1209,10 @@ inline cudaError_t result(cudaError_t e) {
 inline cudaError_t check_device() {
     if (settings.devices < 0) return result(cudaErrorInsufficientDriver);
     return result(settings.devices == 0 ? cudaErrorNoDevice : cudaSuccess);
+}
+inline cudaError_t check_idle() { // for what must not happen while a graph is recorded
+    if (check_device()) return last_error;
+    return result(recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
 }
 
 // The allocation in which all `bytes` from p on lie, or NULL. With bytes = 0 p may be its end.
@@ -1264,25 +1279,34 @@ struct Launch {
         }
     }
 
+    template <class... T> void run(void (*kernel)(T...), T... arguments) {
+        [[maybe_unused]] int i = 0;
+        (check_argument(++i, arguments), ...);
+        auto thread = [&] { kernel(arguments...); }; // by value: each thread has its own
+        auto call = [](void *closure) { (*(decltype(thread) *)closure)(); };
+        running = {name, call, &thread, shared};
+        gridDim = grid;
+        blockDim = block;
+        Open device;
+        run_grid();
+    }
+
     template <class... T> auto of(void (*kernel)(T...)) {
         return [this, kernel](T... arguments) {
             if (result(check((const void *)kernel))) return;
-            [[maybe_unused]] int i = 0;
-            (check_argument(++i, arguments), ...);
-            auto thread = [&] { kernel(arguments...); }; // by value: each thread has its own
-            auto call = [](void *closure) { (*(decltype(thread) *)closure)(); };
-            running = {name, call, &thread, shared};
-            gridDim = grid;
-            blockDim = block;
-            Open device;
-            run_grid();
+            bool first = loaded.insert((const void *)kernel).second;
+            if (!recording) return run(kernel, arguments...);
+            if (first) die(0, "kernel %s: its first launch is recorded, not run", name);
+            recording->push_back([launch = *this, kernel, arguments...]() mutable {
+                launch.run(kernel, arguments...);
+            });
         };
     }
 };
 
 inline cudaError_t copy(const char *what, void *to, const void *from, size_t bytes,
                         cudaMemcpyKind kind) {
-    if (check_device()) return last_error;
+    if (check_idle()) return last_error;
     bool any = kind == cudaMemcpyDefault, within = kind == cudaMemcpyDeviceToDevice;
     bool to_device = within || kind == cudaMemcpyHostToDevice || (any && on_device(to, 1));
     bool from_device = within || kind == cudaMemcpyDeviceToHost || (any && on_device(from, 1));
@@ -1307,7 +1331,7 @@ struct Symbol {
 namespace cuda {
 template <class T> cudaError_t cudaMalloc(T **p, size_t bytes) {
     *p = nullptr;
-    if (check_device()) return last_error;
+    if (check_idle()) return last_error;
     if (bytes > settings.memory - allocated) return result(cudaErrorMemoryAllocation);
     if (!bytes) return cudaSuccess;
 
@@ -1334,6 +1358,7 @@ cudaError_t cudaMallocManaged(T **p, size_t bytes, unsigned = cudaMemAttachGloba
 }
 inline cudaError_t cudaFree(void *p) {
     if (!p) return cudaSuccess;
+    if (check_idle()) return last_error;
     auto a = allocations.find((char *)p);
     if (a == allocations.end() || a->second.kind == Allocation::VARIABLE)
         die(0, "cudaFree: %p did not come from cudaMalloc, or was freed before", p);
@@ -1347,6 +1372,7 @@ inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemc
     return copy("cudaMemcpy", to, from, bytes, kind);
 }
 inline cudaError_t cudaMemset(void *p, int value, size_t bytes) {
+    if (check_idle()) return last_error;
     must_be_on(true, "cudaMemset", "", p, bytes);
     Open device;
     if (bytes) memset(p, value, bytes);
@@ -1407,7 +1433,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i) {
           settings.capability / 10, settings.capability % 10, 8};
     return cudaSetDevice(i);
 }
-inline cudaError_t cudaDeviceSynchronize() { return check_device(); }
+inline cudaError_t cudaDeviceSynchronize() { return check_idle(); }
 template <class... T>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(T...), cudaFuncAttribute, int bytes) {
     if (check_device()) return last_error;
@@ -1461,6 +1487,10 @@ inline const char *cudaGetErrorString(cudaError_t e) {
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
     case cudaErrorNoKernelImageForDevice:
         return "no kernel image is available for execution on the device";
+    case cudaErrorIllegalState:
+        return "the operation cannot be performed in the present state";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted when stream is capturing";
     }
     return "unrecognized error code";
 }
@@ -1473,7 +1503,32 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     delete s;
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return check_device(); }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return check_idle(); }
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (check_idle()) return last_error;
+    if (!s) return result(cudaErrorStreamCaptureUnsupported); // not of the default stream
+    recording = new std::vector<std::function<void()>>;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    *graph = std::exchange(recording, nullptr);
+    return result(*graph ? cudaSuccess : cudaErrorIllegalState);
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                                 unsigned long long) {
+    *exec = new std::vector<std::function<void()>>(*graph);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    if (check_idle()) return last_error;
+    for (auto &launch : *exec) launch();
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return cudaGraphDestroy(exec); }
 inline cudaError_t cudaEventCreate(cudaEvent_t *e) {
     *e = new double();
     return cudaSuccess;

@@ -629,6 +629,43 @@ static void syntax() {
 
 __global__ void add_one(float *p) { p[threadIdx.x]++; }
 
+// Of a vector of arguments each recording keeps a copy.
+__global__ void add(int *p, int4 x) { *p += x.x + x.w; }
+
+static void graphs() {
+    int n = 5, *p;
+    Device<int> x(1, &n);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    add<<<1, 1>>>(x.p, make_int4(0, 0, 0, 0));
+    triple<<<1, 1, 0, stream>>>(x.p);
+
+    bool ok = cudaStreamEndCapture(stream, &graph) == cudaErrorIllegalState;
+    ok &= cudaStreamBeginCapture(0, cudaStreamCaptureModeThreadLocal) && !cudaStreamBeginCapture(
+        cudaStreamPerThread, cudaStreamCaptureModeThreadLocal);
+    cudaGetLastError();
+    n = 2;
+    add<<<1, 1>>>(x.p, make_int4(n, 0, 0, 1));
+    triple<<<1, 1>>>(x.p);
+    n = 100;
+    const cudaError_t no = cudaErrorStreamCaptureUnsupported;
+    ok &= cudaMemcpy(&n, x.p, sizeof n, cudaMemcpyDeviceToHost) == no && cudaMalloc(&p, 4) == no;
+    ok &= cudaMemset(x.p, 0, sizeof n) == no && cudaFree(x.p) == no;
+    ok &= cudaDeviceSynchronize() == no && cudaStreamSynchronize(stream) == no;
+    ok &= cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == no;
+    cudaGetLastError();
+    ok &= !cudaStreamEndCapture(cudaStreamPerThread, &graph) && x.read()[0] == 15;
+    ok &= !cudaGraphInstantiateWithFlags(&exec, graph, 0) && !cudaGraphDestroy(graph);
+    check(ok, "a graph records launches, and runs none; no copy, no memory, no wait");
+
+    ok = !cudaGraphLaunch(exec, cudaStreamPerThread) && x.read()[0] == (15 + 3) * 3;
+    ok &= !cudaGraphLaunch(exec, stream) && x.read()[0] == (54 + 3) * 3;
+    check(ok && !cudaGraphExecDestroy(exec), "a graph runs its launches each time, in order");
+    cudaStreamDestroy(stream);
+}
+
 static void managed() { // with CUDA_ON_CPU_PROTECT too
     const size_t bytes = 64 * sizeof(float);
     float *m, *p, *none = nullptr, host[64], back[64];
@@ -789,6 +826,7 @@ static void check_all() {
     hoppers();
     launches();
     syntax();
+    graphs();
     managed();
     memory();
     device();
@@ -805,7 +843,7 @@ int main(int argc, char **argv) {
     cudaError_t e = cudaGetDeviceCount(&count);
     if (!e) e = cudaMalloc(&p, sizeof host);
     if (!e) e = cudaMalloc(&out, sizeof host);
-    if (which < 20 || which > 38) mistake<<<2, 64, sizeof host>>>(p, which, out);
+    if (which < 20 || (which > 38 && which < 43)) mistake<<<2, 64, sizeof host>>>(p, which, out);
     if (which == 20) mistake<<<1, 64, sizeof host>>>(p, which, host);
     if (which == 21) cudaMemcpy(host, host, 4, cudaMemcpyHostToDevice);
     if (which == 22) cudaMemcpy(p + 1, host, sizeof host, cudaMemcpyHostToDevice);
@@ -825,6 +863,8 @@ int main(int argc, char **argv) {
         cudaGetLastError();
         e = cudaMemcpyToSymbol(table, host, 4);
     }
+    if (which == 43) cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal);
+    if (which == 43) add_one<<<1, 1>>>(p);
     if (!e) e = cudaGetLastError();
     puts(cudaGetErrorString(e));
     cudaFree(p);

@@ -209,7 +209,7 @@ nvcc_compiles() {
         [ "$2" = 80 ] && [ -f "$folder/include/nccl.h" ] && with="-DNCCL=1 -I$folder/include"
     done
     [ "$2" = 80 ] && [ -z "$with" ] && echo "no nccl.h in NCCL_HOME or .venv: without NCCL"
-    $NVCC -x cu -O3 -std=c++17 -I. "${gpus[@]}" --Werror all-warnings \
+    $NVCC -x cu -O3 -std=c++17 -I. -default-stream=per-thread "${gpus[@]}" --Werror all-warnings \
         -Xcompiler "-Wall -Wextra -Werror -Wno-unknown-pragmas" -DBF16=$1 -DHOPPER=$hopper $with \
         -Xptxas -v -DBACKEND='"loopmdm.cu"' -c dev/tools.c -o "$work/loopmdm_$1_$2.o" >"$log" 2>&1
     check "$NVCC for sm_${*:2}, BF16=$1 ${with%% *}" $?

@@ -1,0 +1,68 @@
+/*
+A pass through a layer as one launch. block_forward() has 8 kernels, block_backward() 26 to 34.
+
+The kernels of a small model take the GPU less time than their launches take the CPU, so the GPU
+would wait. Therefore training records what a pass launches, as a CUDA graph, and from then on
+starts all of it at once.
+
+A graph has the arguments of its kernels in it. Here they depend on the pass, its layer, B and T,
+and on nothing else, so each of these has a graph of its own. What runs for the first time is not
+recorded: CUDA may load its kernels then, which a recording does not allow.
+
+loopmdm.cu includes this file. CUDA cannot record the ordinary default stream, so the build needs
+-default-stream=per-thread.
+*/
+#pragma once
+#include <array>
+#include <map>
+
+#if defined(__CUDACC__) && !defined(CUDA_API_PER_THREAD_DEFAULT_STREAM)
+#error "nvcc needs -default-stream=per-thread, which the Makefile gives"
+#endif
+
+struct Graph { int runs; cudaGraphExec_t exec; }; // exec: NULL until it is recorded
+
+struct Graphs {
+    std::map<std::array<int, 5>, Graph> all; // by (direction, pass, layer, B, T)
+    bool recording = false;
+
+    ~Graphs() {
+        for (auto &g : all)
+            if (g.second.exec) cuda_check(cudaGraphExecDestroy(g.second.exec), "removing a graph");
+    }
+};
+
+enum Direction { FORWARD, BACKWARD };
+
+// A function that launches kernels, and does nothing else, begins with
+//     Recording pass(graphs, FORWARD, p, layer, B, T);
+//     if (pass.replayed) return;
+// graphs may be NULL: then nothing is recorded. To recompute, backward calls forward: it becomes a
+// part of backward's graph.
+struct Recording {
+    Graphs *graphs;
+    Graph *graph = NULL; // what is being recorded
+    bool replayed = false;
+
+    Recording(Graphs *graphs, Direction way, int p, int layer, int B, int T) : graphs(graphs) {
+        if (!graphs || graphs->recording || PROFILE) return; // a profile has each kernel's time
+        Graph *g = &graphs->all[{way, p, layer, B, T}];
+        replayed = g->exec != NULL;
+        if (replayed) cuda_check(cudaGraphLaunch(g->exec, cudaStreamPerThread), "a pass");
+        if (g->runs++ != 1) return;
+        graph = g;
+        graphs->recording = true;
+        cuda_check(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal),
+                   "recording a pass");
+    }
+
+    ~Recording() { // the end of that function
+        if (!graph) return;
+        cudaGraph_t recorded;
+        cuda_check(cudaStreamEndCapture(cudaStreamPerThread, &recorded), "recording a pass");
+        cuda_check(cudaGraphInstantiateWithFlags(&graph->exec, recorded, 0), "recording a pass");
+        cuda_check(cudaGraphDestroy(recorded), "recording a pass");
+        graphs->recording = false;
+        cuda_check(cudaGraphLaunch(graph->exec, cudaStreamPerThread), "a pass");
+    }
+};
