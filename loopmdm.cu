@@ -72,7 +72,7 @@ static void cuda_check(cudaError_t error, const char *what) {
 }
 
 // Called after every launch; a matrix product also passes its shape. An error inside a kernel shows
-// only at a later copy; with CUDA_LAUNCH_BLOCKING=1 in the environment it shows here.
+// only later; with CUDA_LAUNCH_BLOCKING=1 in the environment it shows here.
 #if PROFILE
 #include "dev/profile.h" // it also takes the time
 #else
@@ -1627,7 +1627,7 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     size_t available, all, MiB = 1 << 20;
     cuda_check(cudaMemGetInfo(&available, &all), "the GPU's memory");
 
-    // Some stays free: for rounding, and for kernels, which are loaded when they are first called.
+    // Some stays free: for rounding, graphs, and kernels, which are loaded when first called.
     available -= available / 64 < 64 * MiB ? available / 64 : 64 * MiB;
     if (total_bytes(m) > available) no_memory(m, B, T, S, training, recompute, available);
 
@@ -1640,7 +1640,7 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
     }
     m->acts = (Acts *)allocate(num_passes(m->config, S), sizeof(Acts), "the model");
     m->sequence_loss = (double *)allocate(B, sizeof(double), "the losses");
-    m->graphs = training ? new Graphs : NULL;
+    m->graphs = training ? new_graphs(pow(m->config.channels, 2) * 24 * B * T) : NULL;
     model_plan(m, B, T, S, training, recompute); // now with pointers
 
     size_t n = (size_t)T * (D / 2);

@@ -2,8 +2,8 @@
 A pass through a layer as one launch. block_forward() has 8 kernels, block_backward() 26 to 34.
 
 The kernels of a small model take the GPU less time than their launches take the CPU, so the GPU
-would wait. Therefore training records what a pass launches, as a CUDA graph, and from then on
-starts all of it at once.
+would wait. Therefore its training records what a pass launches, as a CUDA graph, and from then on
+starts all of it at once. A large model would gain nothing, and its graphs would take memory.
 
 A graph has the arguments of its kernels in it. Here they depend on the pass, its layer, B and T,
 and on nothing else, so each of these has a graph of its own. What runs for the first time is not
@@ -20,7 +20,10 @@ loopmdm.cu includes this file. CUDA cannot record the ordinary default stream, s
 #error "nvcc needs -default-stream=per-thread, which the Makefile gives"
 #endif
 
-struct Graph { int runs; cudaGraphExec_t exec; }; // exec: NULL until it is recorded
+struct Graph {
+    bool has_run;
+    cudaGraphExec_t exec; // NULL until it is recorded
+};
 
 struct Graphs {
     std::map<std::array<int, 5>, Graph> all; // by (direction, pass, layer, B, T)
@@ -32,13 +35,19 @@ struct Graphs {
     }
 };
 
+// For the training of a model whose forward passes have so many FLOPs; NULL: nothing is recorded.
+// 10 GFLOP take an H100 some 60 us, and 8 launches take 20. With CUDA_LAUNCH_BLOCKING=1 an error is
+// to show at its own launch.
+static Graphs *new_graphs(double flops) {
+    return flops < 1e10 && !getenv("CUDA_LAUNCH_BLOCKING") ? new Graphs : NULL;
+}
+
 enum Direction { FORWARD, BACKWARD };
 
 // A function that launches kernels, and does nothing else, begins with
 //     Recording pass(graphs, FORWARD, p, layer, B, T);
 //     if (pass.replayed) return;
-// graphs may be NULL: then nothing is recorded. To recompute, backward calls forward: it becomes a
-// part of backward's graph.
+// To recompute, backward calls forward: it becomes a part of backward's graph.
 struct Recording {
     Graphs *graphs;
     Graph *graph = NULL; // what is being recorded
@@ -48,8 +57,14 @@ struct Recording {
         if (!graphs || graphs->recording || PROFILE) return; // a profile has each kernel's time
         Graph *g = &graphs->all[{way, p, layer, B, T}];
         replayed = g->exec != NULL;
-        if (replayed) cuda_check(cudaGraphLaunch(g->exec, cudaStreamPerThread), "a pass");
-        if (g->runs++ != 1) return;
+        if (replayed) {
+            cuda_check(cudaGraphLaunch(g->exec, cudaStreamPerThread), "a pass");
+            return;
+        }
+        if (!g->has_run) {
+            g->has_run = true;
+            return;
+        }
         graph = g;
         graphs->recording = true;
         cuda_check(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal),

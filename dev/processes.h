@@ -57,6 +57,7 @@ static void rank_from_environment(void) {
 // ---- NCCL: the sums on the GPUs ----
 
 static ncclComm_t communicator;
+#define STREAM cudaStreamPerThread // where the kernels of loopmdm.cu run
 
 static void nccl_check(ncclResult_t result, const char *what) {
     if (result != ncclSuccess)
@@ -72,12 +73,14 @@ static void reduce_numbers(double *x, int n) {
         room = n;
     }
     write_memory(on_gpu, x, n * sizeof(double));
-    nccl_check(ncclAllReduce(on_gpu, on_gpu, n, ncclDouble, ncclSum, communicator, 0), "summing");
+    nccl_check(ncclAllReduce(on_gpu, on_gpu, n, ncclDouble, ncclSum, communicator, STREAM),
+               "summing");
     read_memory(x, on_gpu, n * sizeof(double));
 }
 
 static void reduce_floats(float *x, size_t n) { // x: in the model's memory
-    nccl_check(ncclAllReduce(x, x, n, ncclFloat, ncclSum, communicator, 0), "summing gradients");
+    nccl_check(ncclAllReduce(x, x, n, ncclFloat, ncclSum, communicator, STREAM),
+               "summing gradients");
 }
 
 // NCCL's processes meet by an id that process 0 makes.

@@ -125,6 +125,11 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step 40 $tool 'ERROR SUMMARY|RACECHECK SUMMARY' \
             compute-sanitizer --tool $tool --error-exitcode 1 build/test_cuda_bf16 --digest
+        # Passes that are replayed as graphs
+        step 40 ${tool}_graphs 'ERROR SUMMARY|RACECHECK SUMMARY' \
+            compute-sanitizer --tool $tool --error-exitcode 1 build/loopmdm_cuda_bf16 train \
+            --data build/stories_train.bin --vocab 703 --model d2 --max-loops 3 --batch 4 \
+            --steps 8 --out $fast/graphs
     done
 else
     say "no compute-sanitizer"
