@@ -1471,7 +1471,7 @@ static void sample_forward(int *token, double *score, const float *logits, const
 // =================================================================================================
 // 4. Memory, noise, a block forward and backward, head, loss, AdamW
 
-#include "dev/graphs.h" // in training the kernels of a pass are one launch
+#include "dev/graphs.h" // in the training of a small model the kernels of a pass are one launch
 
 enum { SQUARES = 1 << 14 }; // how many numbers' squares a block of gradient_norm() adds up
 
