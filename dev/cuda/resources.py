@@ -161,9 +161,8 @@ def print_tables(text, everything):
 def compile_log(nvcc, arch, bf16):
     command = [nvcc, "-O3", "-std=c++17", "-x", "cu", "-I.", "-default-stream=per-thread",
                f"-DBF16={bf16}", f"-DHOPPER={int(arch == 'sm_90a')}",
-               '-DBACKEND="loopmdm.cu"', "-Xptxas", "-v",
-               "-gencode", f"arch=compute_{arch[3:]},code={arch}", "-c", "dev/tools.c", "-o",
-               os.devnull]
+               '-DBACKEND="loopmdm.cu"', "-Xptxas", "-v", "-gencode",
+               f"arch=compute_{arch[3:]},code={arch}", "-c", "dev/tools.c", "-o", os.devnull]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"resources.py: {' '.join(command)} failed:\n{done.stderr}")

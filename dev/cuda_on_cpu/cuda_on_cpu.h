@@ -1180,7 +1180,8 @@ typedef struct CUstream_st {} *cudaStream_t;
 enum cudaStreamCaptureMode {
     cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed
 };
-typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t; // recorded launches
+typedef std::vector<std::function<void()>> CUgraph_st; // recorded launches
+typedef CUgraph_st *cudaGraph_t, *cudaGraphExec_t;
 typedef double *cudaEvent_t; // seconds
 struct cudaDeviceProp {
     char name[256];
@@ -1507,7 +1508,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return check_idle(); }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (check_idle()) return last_error;
     if (!s) return result(cudaErrorStreamCaptureUnsupported); // not of the default stream
-    recording = new std::vector<std::function<void()>>;
+    recording = new CUgraph_st;
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
@@ -1516,7 +1517,7 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
 }
 inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
                                                  unsigned long long) {
-    *exec = new std::vector<std::function<void()>>(*graph);
+    *exec = new CUgraph_st(*graph);
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
