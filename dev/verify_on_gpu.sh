@@ -134,5 +134,10 @@ if command -v compute-sanitizer >/dev/null; then
 else
     say "no compute-sanitizer"
 fi
+if [ $torch = 1 ]; then # last, since its compilation takes longest
+    for model in nano d2; do
+        step 60 ${model}_graphs '^(train|nano|d2)' $bench --model $model --cuda-graphs
+    done
+fi
 step 60 studies '.' make WARNINGS= GPU=$gpu studies_cuda
 end

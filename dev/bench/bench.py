@@ -11,10 +11,12 @@ that others use too, only the ratio within one run means something.
     python3 dev/bench/bench.py --device cuda        on a GPU: build/loopmdm_cuda_bf16, and PyTorch
                                                     under autocast
     python3 dev/bench/bench.py --device cuda --model d12 --vocab 50257 --batch 8
+    python3 dev/bench/bench.py --device cuda --model nano --cuda-graphs
 
 PyTorch is as a good user has it: in fp32, and in bf16 under autocast where the CPU has instructions
-for it; eager, and compiled (the layer and the head, which takes seconds). There are two ratios of
-the best of loopmdm to the best of PyTorch: in fp32, and of all.
+for it; eager, and compiled (the layer and the head, which takes seconds). On a GPU the compiled
+layer can be a CUDA graph, which matters where a model is small. There are two ratios of the best of
+loopmdm to the best of PyTorch: in fp32, and of all.
 
 train    a step: forward, backward, clipping and AdamW, with the LM head at masked positions, on
          random tokens. loopmdm is the program itself, which makes its batches. PyTorch's batches
@@ -96,11 +98,12 @@ def loopmdm_seconds(o, S, folder, precision):
     return o.batch * config_of(o, S).max_seq_len / best
 
 
-def peer_model(c, device, compiled):
-    """The PyTorch model."""
+def peer_model(c, device, compiled, graphs=False):
+    """The PyTorch model. graphs: the compiled layer is a CUDA graph."""
     model = reference.LoopMDM(c, reference.init_parameters(c, 1)).to(device)
     if compiled:
-        model.block = torch.compile(model.block, dynamic=False)
+        model.block = torch.compile(model.block, dynamic=False,
+                                    mode="reduce-overhead" if graphs else None)
         model.head = torch.compile(model.head, dynamic=True)  # masked positions vary in number
     return model
 
@@ -116,7 +119,7 @@ class Peer:
     def __init__(self, o, S, folder, precision, compiled):
         self.o, self.S, self.precision, self.config = o, S, precision, config_of(o, S)
         c = self.config
-        self.model = peer_model(c, o.device, compiled)
+        self.model = peer_model(c, o.device, compiled, o.cuda_graphs)
         self.optimizer = reference.make_optimizer(self.model, 1e-3, 0.1)
         data = reference.data_open(os.path.join(folder, "data.bin"))
         self.batches = []
@@ -440,6 +443,8 @@ def options():
     add("--threads", type=int, default=os.cpu_count())
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--program", help="default ./loopmdm, or build/loopmdm_cuda_bf16 with --device cuda")
+    add("--cuda-graphs", action="store_true",
+        help="train on a GPU: PyTorch's compiled layer is a CUDA graph (mode reduce-overhead)")
     add("--csv", help="file for all figures")
     add("--peer", type=int, help=argparse.SUPPRESS)  # memory: be the process that is measured
     add("--folder", help=argparse.SUPPRESS)
