@@ -379,13 +379,14 @@ matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int 
 // ---- epilogues: what happens to C ----
 //
 // They get N neighbours, from C(i,j) on. ld, the distance of rows, is a multiple of N. Where the
-// number of columns is not, they store up to N - 1 more. read() comes before: it loads what else is
-// needed, so that a kernel can ask for many of these before it stores anything.
+// number of columns is not, they store up to N - 1 more. read() comes before: so a kernel can load
+// for many of them before it stores any. It reads at source() (NULL: nothing but a bias).
 
 template <class T> struct Store { // out = C + bias (columns), or without bias if it is NULL
     T *out;
     int ld;
     const float *bias;
+    __device__ const T *source(int, int) const { return NULL; }
     template <int N> __device__ void read(float (&b)[N], int, int j) const {
         for (int e = 0; e < N; e++) b[e] = 0;
         if (bias) load(b, bias + j);
@@ -400,6 +401,7 @@ struct StoreGelu { // inp = C + bias, kept for backward; out = gelu(inp)
     floatX *out, *inp;
     int ld;
     const float *bias;
+    __device__ const floatX *source(int, int) const { return NULL; }
     template <int N> __device__ void read(float (&b)[N], int, int j) const { load(b, bias + j); }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&b)[N]) const {
         Store<floatX>{inp, ld, bias}(i, j, x, b);
@@ -412,8 +414,9 @@ struct StoreGeluBackward { // dinp = C gelu'(inp)
     floatX *dinp;
     const floatX *inp;
     int ld;
+    __device__ const floatX *source(int i, int j) const { return inp + (size_t)i * ld + j; }
     template <int N> __device__ void read(float (&u)[N], int i, int j) const {
-        load(u, inp + (size_t)i * ld + j);
+        load(u, source(i, j));
     }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
         for (int e = 0; e < N; e++) x[e] *= gelu_gradient(u[e]);
@@ -421,14 +424,15 @@ struct StoreGeluBackward { // dinp = C gelu'(inp)
     }
 };
 
-struct StoreResidual { // out = inp + C + bias
+struct StoreResidual { // out = inp + C + bias, or without bias if it is NULL
     float *out;
     const float *inp, *bias;
     int ld;
+    __device__ const float *source(int i, int j) const { return inp + (size_t)i * ld + j; }
     template <int N> __device__ void read(float (&u)[N], int i, int j) const {
-        float b[N];
-        load(u, inp + (size_t)i * ld + j);
-        load(b, bias + j);
+        float b[N] = {};
+        load(u, source(i, j));
+        if (bias) load(b, bias + j);
         for (int e = 0; e < N; e++) u[e] += b[e];
     }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
@@ -437,20 +441,17 @@ struct StoreResidual { // out = inp + C + bias
     }
 };
 
-struct Accumulate { // out += C
-    float *out;
-    int ld;
-    template <int N> __device__ void read(float (&u)[N], int i, int j) const {
-        load(u, out + (size_t)i * ld + j);
-    }
-    template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
-        for (int e = 0; e < N; e++) x[e] += u[e];
-        store(out + (size_t)i * ld + j, x);
-    }
-};
+static StoreResidual add_to(float *out, int ld) { return {out, out, NULL, ld}; } // out += C
 
 static const char *product_name(bool trans_a, bool trans_b) {
     return trans_a ? "matmul, weight's gradient" : trans_b ? "matmul, input's gradient" : "matmul";
+}
+
+// How wide a tile of C (M,N) is. Hopper's are wider, unless that computes far beyond the edge of C:
+// for each column narrow ones take 1.3 times as long.
+static int tile_columns(int N) {
+    if (!HOPPER || this_gpu()->major != 9) return TILE;
+    return 1.3 * blocks(N, 96) * 96 < blocks(N, 192) * 192 ? 96 : 192;
 }
 
 // Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
@@ -474,10 +475,9 @@ static void multiply(Epilogue epilogue, const floatX *a, int lda, const floatX *
                      int M, int N, int K, int depth) {
     auto kernel = multiply_mma<TRANS_A, TRANS_B, Epilogue>;
 #if HOPPER
-    bool narrow = 1.15 * blocks(N, 96) * 96 < blocks(N, 128) * 128; // 128 would compute 15 % more
     if (hopper_can(a, lda, b, ldb, epilogue.ld))
-        kernel = narrow ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
-                        : multiply_hopper<128, TRANS_A, TRANS_B, Epilogue>;
+        kernel = tile_columns(N) == 96 ? multiply_hopper<96, TRANS_A, TRANS_B, Epilogue>
+                                       : multiply_hopper<192, TRANS_A, TRANS_B, Epilogue>;
 #endif
     kernel(epilogue, a, lda, b, ldb, M, N, K, depth);
 }
@@ -530,7 +530,7 @@ static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b,
                    int M, int N, int K, Parts parts) {
     // Hopper's kernel makes one tile at a time on each multiprocessor, in half the time.
     if (HOPPER && this_gpu()->major == 9) parts.blocks /= 2;
-    int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, TILE);
+    int ld = (N + 3) / 4 * 4, tiles = blocks(M, TILE) * blocks(N, tile_columns(N));
     // A number of a part takes 8 bytes of traffic. An A100 or H200 does 1600 operations meanwhile.
     double part_cost = 1600 / (2.0 * K) * tiles / parts.blocks;
     int splits = choose_splits(parts, tiles, K, (size_t)M * ld, part_cost);
@@ -599,7 +599,7 @@ static void add_column_sums(float *out, const T *inp, int ld, int M, int N, Part
     int splits = choose_splits(parts, blocks(N, WARP * 4), M, N, 0);
     Store<float> to_parts = {parts.memory, N, NULL};
     column_sums(to_parts, inp, ld, M, N, splits);
-    column_sums(Accumulate{out, N}, parts.memory, N, splits, N, 1);
+    column_sums(add_to(out, N), parts.memory, N, splits, N, 1);
 }
 
 // dinp = epilogue(dout weight),  dweight += dout^T inp,  dbias += column sums of dout
@@ -609,7 +609,7 @@ static void matmul_backward(Epilogue dinp, float *dweight, float *dbias, const f
                             int ldout, const floatX *inp, const floatX *weight,
                             int M, int C, int OC, Parts parts) {
     matmul<false, true>(dinp, dout, ldout, weight, C, M, C, OC, parts);
-    Accumulate to_dweight = {dweight, C}; // few tiles and long sums, over the M rows
+    StoreResidual to_dweight = add_to(dweight, C); // few tiles and long sums, over the M rows
     matmul<true, true>(to_dweight, dout, ldout, inp, C, OC, C, M, parts);
     if (dbias) add_column_sums(dbias, dout, ldout, M, OC, parts);
 }
@@ -858,8 +858,8 @@ static void layernorm_backward(float *dinp, floatX *dinpx, float *dweight, float
     kernel<<<grid, THREADS, shared>>>(dinp, dinpx, parts.memory, dout, inp, weight, mean, rstd,
                                       M, C);
     launched("layernorm_backward");
-    column_sums(Accumulate{dweight, C}, parts.memory, 2 * C, grid, C, 1);
-    column_sums(Accumulate{dbias, C}, parts.memory + C, 2 * C, grid, C, 1);
+    column_sums(add_to(dweight, C), parts.memory, 2 * C, grid, C, 1);
+    column_sums(add_to(dbias, C), parts.memory + C, 2 * C, grid, C, 1);
 }
 
 // ---- rotary positions ----

@@ -20,7 +20,7 @@ A block makes one tile of C, of 128 x COLS, after the other. Its two warpgroups 
 turns: while one stores a tile, the other multiplies the next, so that tensor cores need not rest. A
 turn begins when the other's last step has started: at my_turn, a barrier for each group. It may not
 begin earlier. A wait for full[s] knows the parity of a round only, so all steps before must have
-been loaded. COLS is 128, or 96 where 128 would compute far beyond the edge of C (N = 288).
+been loaded. COLS is 192, or 96 where 192 would compute far beyond the edge of C (N = 288).
 */
 #pragma once
 
@@ -28,7 +28,7 @@ enum { GROUP = 4 * WARP, GROUPS = 2 };          // threads of a warpgroup; group
 enum { HOPPER_THREADS = (GROUPS + 1) * GROUP }; // of a block
 enum { SLICE = 64 };    // columns of a box of TMA, 128 bytes as the swizzle wants; a step's depth
 enum { ROWS = 2 * 64 }; // of a tile of C, and positions of a block of attention: SLICE a group
-enum { READS = 8 };     // of an epilogue, on their way at a time; more take too many registers
+enum { READS = 4 };     // of an epilogue, on their way at a time; more take too many registers
 
 // The warpgroup of this thread. All lanes take lane 0's: then the compiler knows that they have the
 // same, and computes what depends on it once for a warp.
@@ -36,12 +36,12 @@ __device__ static inline int warpgroup() { return __shfl_sync(ALL, (int)threadId
 
 // Registers of a thread. At the launch all have the same: 168, or 80 if two blocks share the 65,536
 // of a multiprocessor. Then the group that loads gives up most of its own to those that multiply:
-// 32 + 2 * 232 is at most 3 * 168, and 32 + 2 * 104 is 3 * 80.
-enum { LOADS_WITH = 32 };
-HOST_DEVICE static constexpr int multiplies_with(int blocks) { return blocks == 1 ? 232 : 104; }
+// 24 + 2 * 240 is 3 * 168, and 24 + 2 * 104 is at most 3 * 80.
+enum { LOADS_WITH = 24 };
+HOST_DEVICE static constexpr int multiplies_with(int blocks) { return blocks == 1 ? 240 : 104; }
 
 template <int COLS> struct Hopper {
-    static constexpr int stages = 6; // of the ring: 192 KiB of the 227 that a block can have
+    static constexpr int stages = COLS > 96 ? 5 : 6; // of the ring: 200 or 192 KiB; 227 fit
     static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE; // whole boxes
     static constexpr int stage_size = ROWS * SLICE + b_size;
 };
@@ -143,6 +143,12 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
             step += blocks(end - begin, SLICE);
             continue;
         }
+        // What the epilogue will read comes into L2 meanwhile. Each thread asks for a row.
+        static_assert(GROUP == ROWS, "");
+        int i = tile.i0 + threadIdx.x % GROUP, width = min(COLS, N - tile.j0);
+        auto source = epilogue.source(i, tile.j0);
+        if (source && i < M) bulk_prefetch(source, width * (int)sizeof *source / 16 * 16);
+
         float sum[ROWS / 64][COLS / 8][4]; // the first product sets it
         // This turn begins when the turn before it has started its last step. Group 0's first one
         // has none before it.
@@ -183,6 +189,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
 #pragma unroll
         for (int first = 0; first < PLACES; first += READS) {
             float read[READS][4], x[4];
+            not_before(lane); // else it computes all addresses first, and has no registers left
 #pragma unroll
             for (int n = first; n < first + READS; n++)
                 if (row(n) < M && column(n) < N)

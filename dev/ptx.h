@@ -122,6 +122,11 @@ __device__ static inline void bulk_load(void *shared, const void *global, int by
                     "r"(shared_address(barrier)) : "memory");
 }
 
+// Starts to bring neighbouring bytes into the L2 cache. Address and `bytes`: multiples of 16.
+__device__ static inline void bulk_prefetch(const void *global, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(bytes));
+}
+
 // ---- wgmma: a warpgroup, 4 warps, multiplies tiles in shared memory, and need not wait ----
 
 // All threads of a block begin with the same number of registers. From here on those of this
@@ -161,6 +166,9 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
         asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3]) :: "memory");
 }
 
+// The compiler computes nothing that depends on x before this.
+__device__ static inline void not_before(int &x) { asm volatile("" : "+r"(x)); }
+
 // d += A B or, with add 0, d = A B, with (64,N) = (64,16) (16,N). Warp w has rows 16w to 16w + 15,
 // and d[j] is laid out like mma's d, for columns 8j to 8j + 7. Descriptors give tiles in shared
 // memory. As in load_a and load_b they hold A and B^T, or with TRANS A^T and B (mn-major in PTX).
@@ -171,6 +179,8 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 #define TO_32 TO_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define TO_48 TO_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define TO_64 TO_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TO_96 TO_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define SUMS_8(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), \
     "+f"(d[j + 1][0]), "+f"(d[j + 1][1]), "+f"(d[j + 1][2]), "+f"(d[j + 1][3])
 #define SUMS_16(j) SUMS_8(j), SUMS_8(j + 2)
@@ -178,6 +188,7 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
 #define SUMS_32(j) SUMS_16(j), SUMS_16(j + 4)
 #define SUMS_48(j) SUMS_32(j), SUMS_16(j + 8)
 #define SUMS_64(j) SUMS_32(j), SUMS_32(j + 8)
+#define SUMS_96(j) SUMS_64(j), SUMS_32(j + 16)
 
 // The last arguments are the numbers of the operands that follow the sums. "p, 1, 1": add if p, and
 // negate neither A nor B. The last 1 of WGMMA_REGISTERS is TRANS_B.
@@ -192,7 +203,7 @@ template <int N> __device__ static inline void keep(uint32_t (&a)[N][4]) { // th
     }
 WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52")
-WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
+WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100")
 
 #define WGMMA_REGISTERS(N, SUMS, A, B, ADD) \
     __device__ static inline \

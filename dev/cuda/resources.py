@@ -43,7 +43,7 @@ enum { GROUP = 4 * WARP, GROUPS = 2 };
 enum { HOPPER_THREADS = (GROUPS + 1) * GROUP };
 enum { SLICE = 64 };
 enum { ROWS = 2 * 64 };
-static constexpr int stages = 6;
+static constexpr int stages = COLS > 96 ? 5 : 6;
 static constexpr int b_size = (COLS + SLICE - 1) / SLICE * SLICE * SLICE;
 static constexpr int stage_size = ROWS * SLICE + b_size;
 static constexpr int tile = (D + SLICE - 1) / SLICE * SLICE * SLICE;
@@ -68,7 +68,7 @@ def launch(kernel, bf16):
     if name == "matmul_hopper":
         columns = int(re.match(r"\d+", arguments)[0])
         stage = 128 * SLICE + -(-columns // SLICE) * SLICE * SLICE
-        return HOPPER_THREADS, 6 * stage * size
+        return HOPPER_THREADS, (5 if columns > 96 else 6) * stage * size
     if name in ("attention_forward_hopper", "attention_backward_hopper"):
         D = int(re.match(r"\d+", arguments)[0])
         tiles = 4 * 2 + 2 if name == "attention_forward_hopper" else 2 * (4 + 2)

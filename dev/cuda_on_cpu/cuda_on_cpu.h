@@ -38,8 +38,8 @@ sums of wgmma too. What they read they read as late as a GPU may. One line with 
 thread and line ends the program when
   - lanes of a warp wait for different things,
   - threads of a block wait at different __syncthreads,
-  - an address of ldmatrix, cp_async_16, tma_load or bulk_load is not aligned (for float4:
-    -fsanitize=undefined),
+  - an address of ldmatrix, cp_async_16, tma_load, bulk_load or bulk_prefetch is not aligned (for
+    float4: -fsanitize=undefined),
   - all wait at mbarriers and nothing is on its way to them, or a block ends before what is on its
     way has arrived,
   - the arguments of a launch or a copy are not device memory,
@@ -1123,9 +1123,16 @@ inline void bulk_load(void *to, const void *from, int bytes, uint64_t *barrier, 
     loads.push_back({(char *)to, {(const char *)from, 0, 0, 0, 0}, 0, 0, bytes, barrier, line});
 }
 
+inline void bulk_prefetch(const void *from, int bytes, LINE) {
+    if (((uintptr_t)from | bytes) % 16)
+        die(line, "bulk_prefetch: the address, or the number of bytes, is no multiple of 16");
+    for (int i = 0; i < bytes; i++) (void)((const volatile char *)from)[i]; // may it be read?
+}
+
 template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
 template <class T, int N> void keep(T (&)[N][4]) {}
+inline void not_before(int &) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit(LINE) {
     with(nullptr, nullptr, nullptr, "wgmma_commit", line, [](Warp &w) { w.groups++; });

@@ -785,6 +785,7 @@ __global__ void mistake(float *p, int which, float *out) {
     if (which == 39 && t == 0) tma_load(dynamic, &map, 0, 0, &barrier);
     if (which == 39) mbarrier_wait(&barrier, 0);
     if (which == 42 && t == 0) bulk_load(dynamic, p + 1, 16, &barrier);
+    if (which == 43 && t == 0) bulk_prefetch(p + 1, 16);
     if (which == 16 && t == 0) { mbarrier_expect(&barrier, 16); mbarrier_arrive(&barrier); }
     if (which == 17) wgmma<false, false>(sums, t, 0, 0);
     if (which == 18) wgmma<false, false>(sums, 0, 0, 0);
@@ -843,7 +844,7 @@ int main(int argc, char **argv) {
     cudaError_t e = cudaGetDeviceCount(&count);
     if (!e) e = cudaMalloc(&p, sizeof host);
     if (!e) e = cudaMalloc(&out, sizeof host);
-    if (which < 20 || (which > 38 && which < 43)) mistake<<<2, 64, sizeof host>>>(p, which, out);
+    if (which < 20 || (which > 38 && which < 44)) mistake<<<2, 64, sizeof host>>>(p, which, out);
     if (which == 20) mistake<<<1, 64, sizeof host>>>(p, which, host);
     if (which == 21) cudaMemcpy(host, host, 4, cudaMemcpyHostToDevice);
     if (which == 22) cudaMemcpy(p + 1, host, sizeof host, cudaMemcpyHostToDevice);
@@ -863,8 +864,8 @@ int main(int argc, char **argv) {
         cudaGetLastError();
         e = cudaMemcpyToSymbol(table, host, 4);
     }
-    if (which == 43) cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal);
-    if (which == 43) add_one<<<1, 1>>>(p);
+    if (which == 44) cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal);
+    if (which == 44) add_one<<<1, 1>>>(p);
     if (!e) e = cudaGetLastError();
     puts(cudaGetErrorString(e));
     cudaFree(p);

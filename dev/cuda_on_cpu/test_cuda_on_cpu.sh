@@ -128,7 +128,9 @@ says 1 "$(where '[0-9]+' 'which == 40') more than 64 wgmma without a wait" $dir/
 says 1 "$(where '[0-9]+' 'which == 41') more than 8 results of wgmma" $dir/test 41
 says 1 "$(where 0 'which == 42') bulk_load: an address, or the number of bytes, is no multiple" \
     $dir/test 42
-says 1 "kernel add_one: its first launch is recorded, not run" $dir/test 43
+says 1 "$(where 0 'which == 43') bulk_prefetch: the address, or the number of bytes, is no" \
+    $dir/test 43
+says 1 "kernel add_one: its first launch is recorded, not run" $dir/test 44
 says 1 "kernel mistake: argument 3, 0x.*, is not device memory" $dir/test 20
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 21
 says 1 "cudaMemcpy to: .* not \(all\) device memory" $dir/test 22
