@@ -430,13 +430,12 @@ struct StoreResidual { // out = inp + C + bias, or without bias if it is NULL
     int ld;
     __device__ const float *source(int i, int j) const { return inp + (size_t)i * ld + j; }
     template <int N> __device__ void read(float (&u)[N], int i, int j) const {
-        float b[N] = {};
         load(u, source(i, j));
-        if (bias) load(b, bias + j);
-        for (int e = 0; e < N; e++) u[e] += b[e];
     }
     template <int N> __device__ void operator()(int i, int j, float (&x)[N], float (&u)[N]) const {
-        for (int e = 0; e < N; e++) x[e] += u[e];
+        float b[N] = {};
+        if (bias) load(b, bias + j); // not in read(): it would take registers
+        for (int e = 0; e < N; e++) x[e] += b[e] + u[e];
         store(out + (size_t)i * ld + j, x);
     }
 };
@@ -1542,8 +1541,9 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     m->head_rows = (int)R;
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
     m->parts.size = 0;
-    if (training) // two results for each block, a row of weights, and room for gradient_norm()
-        m->parts.size = (size_t)2 * m->parts.blocks * TILE * TILE + 4 * C + 2 * blocks(n, SQUARES);
+    size_t tile = TILE * tile_columns(192); // the largest
+    if (training) // two tiles for each block, a row of weights, and room for gradient_norm()
+        m->parts.size = 2 * m->parts.blocks * tile + 4 * C + 2 * blocks(n, SQUARES);
     Acts unused; // place_acts() only counts here
     char *acts_memory;
     size_t num_acts = training && !recompute ? P : 1, acts_bytes = place_acts(&unused, c, BT, NULL);

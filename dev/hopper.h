@@ -146,7 +146,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
         // What the epilogue will read comes into L2 meanwhile. Each thread asks for a row.
         static_assert(GROUP == ROWS, "");
         int i = tile.i0 + threadIdx.x % GROUP, width = min(COLS, N - tile.j0);
-        auto source = epilogue.source(i, tile.j0);
+        auto source = epilogue.source(tile.z * M + i, tile.j0);
         if (source && i < M) bulk_prefetch(source, width * (int)sizeof *source / 16 * 16);
 
         float sum[ROWS / 64][COLS / 8][4]; // the first product sets it
@@ -240,8 +240,8 @@ static void multiply_hopper(Epilogue epilogue, const floatX *a, int lda, const f
     launched(product_name(TRANS_A, TRANS_B), M, N, K);
 }
 
-// TMA wants rows that begin at multiples of 16 bytes, and epilogues get four neighbours.
+// TMA wants rows that begin at multiples of 16 bytes, in bf16 8 numbers. So does bulk_prefetch().
 static bool hopper_can(const floatX *a, int lda, const floatX *b, int ldb, int ldc) {
     bool aligned = ((uintptr_t)a | (uintptr_t)b) % 16 == 0 && lda % 8 == 0 && ldb % 8 == 0;
-    return this_gpu()->major == 9 && aligned && ldc % 4 == 0;
+    return this_gpu()->major == 9 && aligned && ldc % 8 == 0;
 }
