@@ -11,13 +11,13 @@ is compared. The model is that of train_gpt2style.py; --check compares losses an
     make build/sudoku_train.bin build/sudoku_val.bin build/stories_train.bin build/stories_val.bin
     .venv/bin/python dev/data/tinystories.py --input FILE --vocab 4096 --out build/text
     for kind in train val; do cp build/text/$kind.bin build/tinystories_$kind.bin; done
-    (the groups text: the same with --vocab 1024, as build/tinystories1024_$kind.bin)
+    (text and small: the same with --vocab 1024, as build/tinystories1024_$kind.bin)
     python dev/experiments/starts.py GROUP ... --compile      trains; adds to dev/results/starts.csv
     python dev/experiments/starts.py --table                  prints what is in there
     python dev/experiments/starts.py --check
 
-Several groups at a time, each in a process of its own, use a large GPU best. It needs numpy and
-torch.
+Several groups at a time, each in a process of its own, use a large GPU best. The groups small are
+for a CPU: 5 to 8 minutes of one core each. It needs numpy and torch.
 """
 import argparse
 import csv
@@ -131,25 +131,37 @@ def today(layers, rates, seeds=SEEDS, **changes):
     return tuple(r for lr in rates for r in vary(kinds, [changes], lr, seeds, **TODAY))
 
 
-# What could make looping pay on text? MDMs and looped models of equal training FLOPs.
-LOOPING = dict(task="tinystories1024", V=1024, T=128, fixed=False, heads=4, channels=128, batch=32,
-               rows=1024, noise=0.5)
+# What could make looping pay on text? In two sizes, for a GPU and for a CPU.
+LOOPING = dict(task="tinystories1024", V=1024, T=128, fixed=False, heads=4, rows=1024, noise=0.5)
+LARGE = dict(**LOOPING, channels=128, batch=32)
+SMALL = dict(**LOOPING, channels=64, batch=4)
 
 
-def equal_flops(layers, passes, heads=1, flop=400e12):
+def ways(name, shape, layers, recipes, flop):
     """
-    Returns the steps of LOOPING that take so many FLOP, if a step has on average so many passes
-    through a layer, and so many through the LM head of the masked half of the positions.
+    Returns {name_..: Group}: an MDM, a deeper one, and models with a loop 1:3 in the ways of WAYS,
+    whose training takes so many FLOP. recipes(layers, **changes) returns those of a group.
     """
-    C, T = LOOPING["channels"], LOOPING["T"]
-    token = passes * (72 * C * C + 12 * T * C) + heads * 3 * C * LOOPING["V"]
-    return dict(steps=round(flop / (token * LOOPING["batch"] * T)), layers=layers)
+    def group(layers=layers, more=0.0, heads=1.0, loop=LOOP4, **other):
+        """more: passes in a step beyond `layers`, on average; heads: how often the LM head runs."""
+        C, T = shape["channels"], shape["T"]
+        token = (layers + more) * (72 * C * C + 12 * T * C) + heads * 3 * C * shape["V"]
+        return Group(**{**shape, **loop, "recipes": recipes(layers), **other}, layers=layers,
+                     steps=round(flop / (token * shape["batch"] * T)))
 
+    def looping(way="", more=3.0, **other):
+        return group(more=more, loop={**LOOP4, "use": (1, 2, 3, 4, 8)}, way=way, **other)
 
-def looping(way="", passes=15.0, heads=1.0, max_loops=4, looped=1.0):
-    """Returns a group of models with 12 layers, loop 1:3 and a way of looping."""
-    return Group(**LOOPING, **equal_flops(12, passes, heads), loop=(1, 3), max_loops=max_loops,
-                 use=(1, 2, 3, 4, 8), way=way, recipes=today(12, RATES12, looped=looped))
+    # With S from 1 to 4 two looped layers have 3 passes more. Of "every" a step has 2.5 tails and
+    # heads.
+    found = {"": group(loop=MDM), "_plain": group(loop=MDM, noise=0),
+             "_deeper": group(layers + 3, loop=MDM), "_loop": looping(), "_top": looping("top", 4),
+             "_fixed": looping("fixed", 4, max_loops=3), "_late": looping("late", 1.5),
+             "_inject": looping("inject"), "_norm": looping("norm"), "_gain": looping("gain"),
+             "_every": looping("every", 3 + 1.5 * (layers - 3), heads=2.5),
+             "_slow": looping(recipes=recipes(layers, looped=0.5)),
+             "_fast": looping(recipes=recipes(layers, looped=2.0))}
+    return {name + of: group for of, group in found.items()}
 
 
 GROUPS = {
@@ -182,21 +194,8 @@ GROUPS = {
                 + today(6, (2e-3,), (1, 2), warmup=0.05)),
     "d6_8": Group(**D6, batch=8, steps=6000, recipes=today(6, (1e-3, 2e-3), (1, 2))),
     "d6_32": Group(**D6, batch=32, steps=1500, recipes=today(6, (2e-3, 4e-3), (1, 2))),
-    # Ways of looping. Of "every" a step has 2.5 tails and heads on average.
-    "text": Group(**LOOPING, **equal_flops(12, 12), **MDM, recipes=today(12, RATES12)),
-    "text_plain": Group(**{**LOOPING, "noise": 0}, **equal_flops(12, 12), **MDM,
-                        recipes=today(12, RATES12)),
-    "text_deeper": Group(**LOOPING, **equal_flops(15, 15), **MDM, recipes=today(15, RATES12)),
-    "text_loop": looping(),
-    "text_top": looping("top", 16),
-    "text_fixed": looping("fixed", 16, max_loops=3),
-    "text_late": looping("late", 13.5),
-    "text_inject": looping("inject"),
-    "text_norm": looping("norm"),
-    "text_gain": looping("gain"),
-    "text_every": looping("every", 1 + 2.5 * (2 + 9), 2.5),
-    "text_slow": looping(looped=0.5),
-    "text_fast": looping(looped=2.0),
+    **ways("text", LARGE, 12, lambda L, **changes: today(L, RATES12, **changes), 400e12),
+    **ways("small", SMALL, 4, lambda L, **changes: today(L, (2e-3,), (1, 2), **changes), 4e12),
 }
 BLOCK_TENSORS = ("ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "ln2w", "ln2b",
                  "fcw", "fcb", "fcprojw", "fcprojb", "attgain", "fcgain")
