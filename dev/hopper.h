@@ -144,7 +144,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
             continue;
         }
         // What the epilogue will read comes into L2 meanwhile. Each thread asks for a row.
-        static_assert(GROUP == ROWS, "");
+        static_assert((int)GROUP == (int)ROWS, "");
         int i = tile.i0 + threadIdx.x % GROUP, width = min(COLS, N - tile.j0);
         auto source = epilogue.source(tile.z * M + i, tile.j0);
         if (source && i < M) bulk_prefetch(source, width * (int)sizeof *source / 16 * 16);
