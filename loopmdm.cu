@@ -1541,7 +1541,7 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     m->head_rows = (int)R;
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
     m->parts.size = 0;
-    size_t tile = TILE * tile_columns(192); // the largest
+    size_t tile = TILE * (HOPPER ? 192 : TILE); // the largest, see tile_columns()
     if (training) // two tiles for each block, a row of weights, and room for gradient_norm()
         m->parts.size = 2 * m->parts.blocks * tile + 4 * C + 2 * blocks(n, SQUARES);
     Acts unused; // place_acts() only counts here
