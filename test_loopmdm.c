@@ -1077,9 +1077,9 @@ static void check_products(void) {
     MatmulErrors e = {0, 0, 0};
     for (int i = 0; i < 100; i++) // each combination
         matmul_errors(rows[i % 5], channels[i / 5 % 5], outputs[i / 25], &e);
-#ifdef BACKEND // on Hopper three wide tiles for each block, and sums longer than its ring
+#ifdef BACKEND // on Hopper a third turn in each block, and sums longer than its ring
     if (this_gpu()->major == 9) {
-        int many = 3 * 64 * this_gpu()->multiProcessorCount; // 384 columns are 2 tiles of 128 rows
+        int many = 5 * 64 * this_gpu()->multiProcessorCount; // 384 columns are 2 tiles of 128 rows
         matmul_errors(many + 20, 328, 384, &e);
         matmul_errors(72, 384, many, &e);
     }

@@ -15,8 +15,8 @@ import shutil
 from types import SimpleNamespace
 
 from chains import puzzles
-from common import (RESULTS, TASKS, WORK, ask, each, line, log_axis, new_figure, numbers, pick,
-                    print_table, save_csv, save_figure, spread, table_of)
+from common import (RESULTS, SUFFIX, WORK, ask, each, line, log_axis, nelbo, new_figure, numbers,
+                    pick, print_table, save_csv, save_figure, spread, table_of)
 
 FOLDER = os.path.join(pick(WORK, "build"), "sudoku9_long")
 COLUMNS = ["model", "seed", "what", "loops", "steps", "gflop", "value"]
@@ -31,16 +31,15 @@ def measure(folder):
     """Returns the lines of the CSV file for a model."""
     name, seed = os.path.basename(folder).replace("_", " ").rsplit(" ", 1)
     looped = name.startswith("LoopMDM")
-    loops = numbers(LOOPS if looped else LOOPS[:1])
-    steps = numbers(STEPS if looped else (*STEPS, ONE_CELL_AT_A_TIME))
-    model = SimpleNamespace(folder=folder)
-    output = ask(model, "eval", "--data", TASKS["sudoku9"].held_out, "--rows", pick(8, 4096),
-                 "--loops", loops)
-    lines = [[name, seed, "NELBO", int(S), "", "", nelbo] for S, _, nelbo, *_ in table_of(output)]
+    loops = LOOPS if looped else LOOPS[:1]
+    steps = STEPS if looped else (*STEPS, ONE_CELL_AT_A_TIME)
+    model = SimpleNamespace(task="sudoku9", folder=folder, options={})
+    losses = nelbo(model, loops, sequences=4096)
+    lines = [[name, seed, "NELBO", S, "", "", loss] for S, loss in losses.items()]
     for kind, path in puzzles().items():
         tests = pick(2, 100 if "givens" in kind else 250)  # few of the hard ones are solved
         output = ask(model, "eval", "--sudoku", "--data", path, "--rows", tests, "--batch", 50,
-                     "--loops", loops, "--steps", steps)
+                     "--loops", numbers(loops), "--steps", numbers(steps))
         lines += [[name, seed, kind, int(S), int(k), gflop, right]
                   for S, k, _, right, gflop in table_of(output)]
     return lines
@@ -48,7 +47,7 @@ def measure(folder):
 
 def lines_of_others(names):
     """Returns the lines of the CSV file about models that are not in names."""
-    path = os.path.join(RESULTS, "sudoku9_long.csv")
+    path = os.path.join(RESULTS, f"sudoku9_long{SUFFIX}.csv")
     if not os.path.exists(path):
         return []
     with open(path, newline="") as file:
@@ -100,6 +99,6 @@ if __name__ == "__main__":
     draw(axes[0], values, "30 givens", "30 digits given")
     draw(axes[1], values, "magictour_top1465", "puzzles that are hard for people")
     axes[0].set(ylabel="solved, %", ylim=(-3, 103))
-    axes[1].legend(loc="upper left")
+    axes[0].legend(loc="lower right")
     figure.suptitle("9x9 Sudoku, equal training FLOPs")
     save_figure(figure, "sudoku9_long")
