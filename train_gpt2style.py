@@ -661,7 +661,7 @@ def train(o):
         raise ValueError("train needs --tokenizer, or --vocab if the data have none")
     V = vocabulary_size(o.tokenizer) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,
-                    o.max_loops or S)
+                    1 if a == b else o.max_loops or S)  # without a loop S changes nothing
     data = open_data(o.data, o.tokenizer, o, c)
     val = open_data(o.val_data, o.tokenizer, o, c) if o.val_data else None
     loops = (o.loops or default_loops(c)) if val else []

@@ -476,8 +476,18 @@ static Config config_from_options(int vocab_size) {
         if (numbers != 2 || opt_loop[used])
             die(USAGE, "--loop takes two layers such as 1:3, not '%s'", opt_loop);
     }
+    if (c.loop_start == c.loop_end) c.max_loops = 1; // without a loop S changes nothing
     if (config_error(c)) die(USAGE, "impossible model: %s", config_error(c));
     return c;
+}
+
+// The looped layers, in words.
+static const char *loop_of(Config c) {
+    static char words[64];
+    if (c.loop_start == c.loop_end) return "no loop";
+    snprintf(words, sizeof words, "loop %d:%d up to %d times", c.loop_start, c.loop_end,
+             c.max_loops);
+    return words;
 }
 
 // How matrices are multiplied from now on, in words.
@@ -1175,9 +1185,8 @@ static void print_training(const Training *t) {
         if (n < c.max_seq_len) unused += n;
         else tokens += n;
     }
-    printf("%zu parameters, %d layers, loop %d:%d up to %d times, %lld training tokens",
-           t->model.params.total, c.layers, c.loop_start, c.loop_end, c.max_loops,
-           (long long)tokens);
+    printf("%zu parameters, %d layers, %s, %lld training tokens", t->model.params.total, c.layers,
+           loop_of(c), (long long)tokens);
     if (unused) printf("; %lld more are in shards that are too short", (long long)unused);
     printf("\n");
     print_recipe();
@@ -2421,9 +2430,9 @@ static void info(void) {
     Config c = m.config;
     Shape s[NUM_TENSORS];
     tensor_shapes(c, s);
-    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, loop %d:%d up to %d "
-           "times\n", opt_model ? opt_model : "nano", c.layers, c.channels, c.heads, c.max_seq_len,
-           c.vocab_size, c.loop_start, c.loop_end, c.max_loops);
+    printf("%s: %d layers, %d channels, %d heads, %d positions, %d tokens, %s\n",
+           opt_model ? opt_model : "nano", c.layers, c.channels, c.heads, c.max_seq_len,
+           c.vocab_size, loop_of(c));
     if (step >= 0) printf("trained for %d steps\n", step);
     else print_recipe();
     printf("\ntensor     shape                 parameters\n");

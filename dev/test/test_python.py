@@ -934,6 +934,10 @@ def check_training(data):
     states = [check_model_file(f"average, flops, {name}", os.path.join(OUT, name))
               for name in ("c", "pytorch")]
     check("average, flops: the average, relative", relative(states[0][3], states[1][3]), 1e-4)
+    plain = ["0:0" if word == "1:3" else word for word in model]
+    c, _, said = check_side_by_side("no loop", plain, ["--val-data", val, "--steps", "9"])
+    check("no loop: every step has one, and one NELBO",
+          "no loop," not in said[0] or max(column(c, "loops")) != 1 or "S=2" in said[0])
     problems = os.path.join(OUT, "problems.bin")
     answers = ["--data", problems, "--val-data", problems, "--val-rows", "32", "--batch", "4",
                "--tokenizer", "dev/data/arithmetic.tok", "--model", "d2", "--seq-len", "96",
