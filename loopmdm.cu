@@ -8,16 +8,15 @@ Read loopmdm.c first. It includes this file in the place of its own sections 3 a
     4. memory, noise, a block forward and backward, head, loss, AdamW
 
 The rest of the program is loopmdm.c: configuration, randomness, the loop over passes, training,
-sampling, command line. Functions have the same names in the same order in both files, so you can
-read them side by side. The CPU goes over memory several times where one kernel does it here: GELU
-and the residual are epilogues of matrix products, and cross entropy has forward and backward in one
-kernel.
+sampling, command line. Functions have nearly the same names and order in both files, so you can
+read them side by side.
 
 There are two precisions, and the build chooses one. fp32 is for verification: everything is float.
 bf16 is for training: what goes into a matrix product is bfloat16 and goes through tensor cores.
 Sums, the residual stream and its gradient, logits, parameters and their gradients stay float. The
 kernels are the same. They differ in floatX, in how a warp multiplies, and in how many tiles fit
-into shared memory.
+into shared memory. Built with GPU=sm_90a, which sets HOPPER, bf16 has other kernels for matrix
+products and attention, for H100 and H200: dev/hopper*.h.
 
 No sum depends on which block comes first: there are no atomics. The same seed gives the same bits
 on the same model of GPU. (Long sums are split into parts. How many depends on its multiprocessors.)
@@ -39,7 +38,7 @@ runs the same kernels: dev/cuda_on_cpu/cuda_on_cpu.h is a small CUDA for the CPU
 #include "dev/ptx.h"
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "Ampere (sm_80) or newer is needed: build on the machine with the GPU, or name it: \
-make loopmdm_cuda GPU=sm_90a"
+make loopmdm_cuda GPU=sm_80"
 #endif
 #else
 #define HOPPER BF16 // the emulation has both kinds of kernels
@@ -48,11 +47,11 @@ make loopmdm_cuda GPU=sm_90a"
 
 #if BF16
 typedef __nv_bfloat16 floatX; // what goes into matrix products
-typedef uint32_t Pair;        // two of them side by side, as tensor cores take them
-enum { WORDS = 1 };           // Pairs for two numbers
+typedef uint32_t Word;        // two of them side by side, as tensor cores take them
+enum { WORDS = 1 };           // Words for two numbers
 #else
 typedef float floatX;
-typedef float Pair;
+typedef float Word;
 enum { WORDS = 2 };
 #endif
 
@@ -68,7 +67,8 @@ static void cuda_check(cudaError_t error, const char *what) {
         die(FAILED, "this program was built for another kind of GPU: remove build/loopmdm_cuda_*, "
                     "and build it on this machine");
     if (error != cudaSuccess)
-        die(FAILED, "%s: the GPU reports: %s", what, cudaGetErrorString(error));
+        die(FAILED, "%s: the GPU reports: %s (CUDA_LAUNCH_BLOCKING=1 shows which kernel it was)",
+            what, cudaGetErrorString(error));
 }
 
 // Called after every launch; a matrix product also passes its shape. An error inside a kernel shows
@@ -163,7 +163,7 @@ template <class T> __device__ static inline T block_reduce(T x, Reduction how) {
 
 // ---- tensor cores ----
 //
-// dev/ptx.h has the instructions, and the CPU emulation the same functions in C. A warp multiplies
+// dev/ptx.h has the instructions, the CPU emulation the same functions in C++. A warp multiplies
 // A (16,16) by B (16,8). Its lanes hold pairs of neighbours in registers. Lane 4g + q has
 //   a[0] A(g, 2q..2q+1)      a[1] A(g+8, 2q..)      a[2] A(g, 2q+8..)      a[3] A(g+8, 2q+8..)
 //   b[0] B(2q..2q+1, g)      b[1] B(2q+8.., g)
@@ -192,7 +192,7 @@ __device__ static inline void mma_16x8x16(float d[4], const float a[8], const fl
 
 // A (16,16) from a tile in shared memory with rows ld apart. The tile holds A, or with TRANS A^T.
 template <bool TRANS>
-__device__ static inline void load_a(Pair a[4 * WORDS], const floatX *tile, int ld) {
+__device__ static inline void load_a(Word a[4 * WORDS], const floatX *tile, int ld) {
     int lane = threadIdx.x % WARP;
 #if BF16
     // The lane gives the address of a row of one of four matrices (8,8), in the order of a[0..3].
@@ -200,7 +200,7 @@ __device__ static inline void load_a(Pair a[4 * WORDS], const floatX *tile, int 
     else ldmatrix_x4(a, tile + lane % 16 * ld + lane / 16 * 8);
 #else
     for (int r = 0; r < 4; r++)
-        for (int e = 0; e < 2; e++) { // number e of pair r is A(i,k)
+        for (int e = 0; e < 2; e++) { // number e of a[r] is A(i,k)
             int i = lane / 4 + r % 2 * 8, k = lane % 4 * 2 + r / 2 * 8 + e;
             a[2 * r + e] = TRANS ? tile[k * ld + i] : tile[i * ld + k];
         }
@@ -209,7 +209,7 @@ __device__ static inline void load_a(Pair a[4 * WORDS], const floatX *tile, int 
 
 // Two B side by side, (16,8) each. The tile holds B^T, or with TRANS B.
 template <bool TRANS>
-__device__ static inline void load_b(Pair b[4 * WORDS], const floatX *tile, int ld) {
+__device__ static inline void load_b(Word b[4 * WORDS], const floatX *tile, int ld) {
     int lane = threadIdx.x % WARP;
 #if BF16
     // Four matrices (8,8): b[0] and b[1] of the first B, then those of the second.
@@ -217,7 +217,7 @@ __device__ static inline void load_b(Pair b[4 * WORDS], const floatX *tile, int 
     else ldmatrix_x4(b, tile + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8);
 #else
     for (int r = 0; r < 4; r++)
-        for (int e = 0; e < 2; e++) { // number e of pair r is B(k,n)
+        for (int e = 0; e < 2; e++) { // number e of b[r] is B(k,n)
             int n = lane / 4 + r / 2 * 8, k = lane % 4 * 2 + r % 2 * 8 + e;
             b[2 * r + e] = TRANS ? tile[k * ld + n] : tile[n * ld + k];
         }
@@ -225,7 +225,7 @@ __device__ static inline void load_b(Pair b[4 * WORDS], const floatX *tile, int 
 }
 
 // Two results (16,8) side by side become an A.
-__device__ static inline void to_a(Pair a[4 * WORDS], const float left[4], const float right[4]) {
+__device__ static inline void to_a(Word a[4 * WORDS], const float left[4], const float right[4]) {
     for (int r = 0; r < 4; r++) {
         const float *from = (r < 2 ? left : right) + r % 2 * 2; // row g, or g + 8 if r is odd
 #if BF16
@@ -238,8 +238,8 @@ __device__ static inline void to_a(Pair a[4 * WORDS], const float left[4], const
     }
 }
 
-// Tiles in shared memory have so many more columns, so that the 8 rows of an ldmatrix lie in
-// different banks.
+// Tiles in shared memory have PAD more columns, so that the 8 rows of an ldmatrix lie in different
+// banks.
 enum { PAD = 16 / sizeof(floatX) };
 
 // Starts to load a tile (ROWS,COLS) into shared memory, its rows COLS + PAD apart, from src, whose
@@ -270,9 +270,6 @@ void load_tile(floatX *tile, const floatX *src, size_t ld, int rows, int cols) {
     }
 }
 
-// In bf16 the hardware's approximation is exact enough.
-__device__ static inline float exp_2(float x) { return BF16 ? exp2_approx(x) : exp2f(x); }
-
 // ---- GELU, tanh form, for the epilogues below ----
 
 #define GELU_SCALE 1.5957691216f // 2 sqrt(2/pi)
@@ -291,96 +288,12 @@ __device__ static inline float gelu_gradient(float x) { // gelu(x) = x s
     return s + x * s * (1 - s) * GELU_SCALE * (1 + 3 * 0.044715f * x * x);
 }
 
-// ---- the matrix product that everything goes through ----
-//
-// C (M,N) = A (M,K) B (K,N). A block of 8 warps makes a tile of 128 x 128, each warp 64 x 32 of it,
-// with all sums in registers. Tiles of A and B, 32 deep, come through shared memory. While one is
-// multiplied, the next ones are on their way: there are STAGES of them in a ring.
-//
-//                       N
-//               +---+---+---+---+         A(i,k) is a[i*lda + k], or with TRANS_A a[k*lda + i].
-//     A   K     | 0 | 1 | 2 | 3 |  64     B(k,j) is b[j*ldb + k], or with TRANS_B b[k*ldb + j].
-//    [][][] ->  +---+---+---+---+         mma wants k to run fastest; else ldmatrix transposes.
-//               | 4 | 5 | 6 | 7 |  64
-//               +---+---+---+---+         The epilogue gets C(i,j) and C(i,j+1), with j even, and
-//                32  32  32  32           stores them: with a bias, through GELU, ...
-enum { TILE = 128, DEPTH = 32, STAGES = BF16 ? 3 : 2, TILE_SIZE = TILE * (DEPTH + PAD) };
-
-// The part of K that block z sums up begins at z * depth.
-// Grid: (M / TILE, N / TILE, parts of K). Block: THREADS.
-template <bool TRANS_A, bool TRANS_B, class Epilogue>
-__global__ void __launch_bounds__(THREADS)
-matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
-              int M, int N, int K, int depth) {
-    extern __shared__ __align__(16) floatX tiles[]; // (STAGES, A and B, TILE_SIZE)
-    enum { LDA = (TRANS_A ? TILE : DEPTH) + PAD, LDB = (TRANS_B ? TILE : DEPTH) + PAD };
-    int i0 = blockIdx.x * TILE, j0 = blockIdx.y * TILE;
-    int begin = blockIdx.z * depth, end = min(K, begin + depth);
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int i_warp = warp / 4 * 64, j_warp = warp % 4 * 32;
-    bool needed = i0 + i_warp < M && j0 + j_warp < N; // at the edges a warp may have nothing to do
-    float sum[4][4][4] = {}; // 4 x 4 results of mma, each (16,8), of which a lane has 4 numbers
-
-    auto load = [&](int step) {
-        floatX *at = tiles + step % STAGES * 2 * TILE_SIZE, *bt = at + TILE_SIZE;
-        int k0 = begin + step * DEPTH, left = end - k0; // left: how deep the rest is
-        if (k0 < end) {
-            const floatX *a0 = a + (TRANS_A ? (size_t)k0 * lda + i0 : (size_t)i0 * lda + k0);
-            const floatX *b0 = b + (TRANS_B ? (size_t)k0 * ldb + j0 : (size_t)j0 * ldb + k0);
-            if (TRANS_A) load_tile<DEPTH, TILE, THREADS>(at, a0, lda, left, M - i0);
-            else load_tile<TILE, DEPTH, THREADS>(at, a0, lda, M - i0, left);
-            if (TRANS_B) load_tile<DEPTH, TILE, THREADS>(bt, b0, ldb, left, N - j0);
-            else load_tile<TILE, DEPTH, THREADS>(bt, b0, ldb, N - j0, left);
-        }
-        cp_async_commit(); // an empty group counts too
-    };
-
-    for (int step = 0; step < STAGES - 1; step++) load(step);
-    for (int step = 0; begin + step * DEPTH < end; step++) {
-        cp_async_wait<STAGES - 2>(); // what this thread has loaded of the step's tiles is there
-        __syncthreads();             // now all of it; and all are done with the step before,
-        load(step + STAGES - 1);     // whose place in the ring the next load takes
-        if (!needed) continue;
-
-        const floatX *at = tiles + step % STAGES * 2 * TILE_SIZE, *bt = at + TILE_SIZE;
-        for (int k = 0; k < DEPTH; k += 16) {
-            Pair af[4 * WORDS], bf[2][4 * WORDS];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int column = j_warp + j * 16;
-                load_b<TRANS_B>(bf[j], bt + (TRANS_B ? k * LDB + column : column * LDB + k), LDB);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) { // a part of A serves 4 products, a part of B too
-                int row = i_warp + i * 16;
-                load_a<TRANS_A>(af, at + (TRANS_A ? k * LDA + row : row * LDA + k), LDA);
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    mma_16x8x16(sum[i][j], af, bf[j / 2] + j % 2 * 2 * WORDS);
-            }
-        }
-    }
-
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
-                int row = i0 + i_warp + i * 16 + lane / 4 + half * 8;
-                int column = j0 + j_warp + j * 8 + lane % 4 * 2;
-                float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]}, read[2];
-                if (row >= M || column >= N) continue;
-                epilogue.read(read, blockIdx.z * M + row, column);
-                epilogue(blockIdx.z * M + row, column, pair, read);
-            }
-}
-
-// ---- epilogues: what happens to C ----
+// ---- epilogues: what happens to C = A B, the result of a matrix product ----
 //
 // They get N neighbours, from C(i,j) on. ld, the distance of rows, is a multiple of N. Where the
 // number of columns is not, they store up to N - 1 more. read() comes before: so a kernel can load
-// for many of them before it stores any. It reads at source() (NULL: nothing but a bias).
+// for many of them before it stores any. It reads at source(), which dev/hopper.h prefetches (NULL:
+// nothing but a bias).
 
 template <class T> struct Store { // out = C + bias (columns), or without bias if it is NULL
     T *out;
@@ -442,18 +355,102 @@ struct StoreResidual { // out = inp + C + bias, or without bias if it is NULL
 
 static StoreResidual add_to(float *out, int ld) { return {out, out, NULL, ld}; } // out += C
 
+// ---- the matrix product that everything goes through ----
+//
+// C (M,N) = A (M,K) B (K,N). A block of 8 warps makes a tile of 128 x 128, each warp 64 x 32 of it,
+// with all sums in registers. Tiles of A and B, 32 deep, come through shared memory. While one is
+// multiplied, the next ones are on their way: there are STAGES of them in a ring.
+//
+//                       N
+//               +---+---+---+---+         A(i,k) is a[i*lda + k], or with TRANS_A a[k*lda + i].
+//     A   K     | 0 | 1 | 2 | 3 |  64     B(k,j) is b[j*ldb + k], or with TRANS_B b[k*ldb + j].
+//    [][][] ->  +---+---+---+---+         With TRANS k runs slower, and ldmatrix transposes.
+//               | 4 | 5 | 6 | 7 |  64
+//               +---+---+---+---+         The epilogue gets C(i,j) and C(i,j+1), with j even, and
+//                32  32  32  32           stores them: with a bias, through GELU, ...
+enum { TILE = 128, DEPTH = 32, STAGES = BF16 ? 3 : 2, TILE_SIZE = TILE * (DEPTH + PAD) };
+
+// The part of K that block z sums up begins at z * depth. The epilogue gets its rows at z * M + i.
+// Grid: (M / TILE, N / TILE, parts of K). Block: THREADS.
+template <bool TRANS_A, bool TRANS_B, class Epilogue>
+__global__ void __launch_bounds__(THREADS)
+matmul_kernel(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
+              int M, int N, int K, int depth) {
+    extern __shared__ __align__(16) floatX tiles[]; // (STAGES, A and B, TILE_SIZE)
+    enum { LDA = (TRANS_A ? TILE : DEPTH) + PAD, LDB = (TRANS_B ? TILE : DEPTH) + PAD };
+    int i0 = blockIdx.x * TILE, j0 = blockIdx.y * TILE;
+    int begin = blockIdx.z * depth, end = min(K, begin + depth);
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int i_warp = warp / 4 * 64, j_warp = warp % 4 * 32;
+    bool needed = i0 + i_warp < M && j0 + j_warp < N; // at the edges a warp may have nothing to do
+    float sum[4][4][4] = {}; // 4 x 4 results of mma, each (16,8), of which a lane has 4 numbers
+
+    auto load = [&](int step) {
+        floatX *at = tiles + step % STAGES * 2 * TILE_SIZE, *bt = at + TILE_SIZE;
+        int k0 = begin + step * DEPTH, left = end - k0; // left: how deep the rest is
+        if (k0 < end) {
+            const floatX *a0 = a + (TRANS_A ? (size_t)k0 * lda + i0 : (size_t)i0 * lda + k0);
+            const floatX *b0 = b + (TRANS_B ? (size_t)k0 * ldb + j0 : (size_t)j0 * ldb + k0);
+            if (TRANS_A) load_tile<DEPTH, TILE, THREADS>(at, a0, lda, left, M - i0);
+            else load_tile<TILE, DEPTH, THREADS>(at, a0, lda, M - i0, left);
+            if (TRANS_B) load_tile<DEPTH, TILE, THREADS>(bt, b0, ldb, left, N - j0);
+            else load_tile<TILE, DEPTH, THREADS>(bt, b0, ldb, N - j0, left);
+        }
+        cp_async_commit(); // an empty group counts too
+    };
+
+    for (int step = 0; step < STAGES - 1; step++) load(step);
+    for (int step = 0; begin + step * DEPTH < end; step++) {
+        cp_async_wait<STAGES - 2>(); // what this thread has loaded of the step's tiles is there
+        __syncthreads();             // now all of it; and all are done with the step before,
+        load(step + STAGES - 1);     // whose place in the ring the next load takes
+        if (!needed) continue;
+
+        const floatX *at = tiles + step % STAGES * 2 * TILE_SIZE, *bt = at + TILE_SIZE;
+        for (int k = 0; k < DEPTH; k += 16) {
+            Word af[4 * WORDS], bf[2][4 * WORDS];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int column = j_warp + j * 16;
+                load_b<TRANS_B>(bf[j], bt + (TRANS_B ? k * LDB + column : column * LDB + k), LDB);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) { // a part of A serves 4 products, a part of B too
+                int row = i_warp + i * 16;
+                load_a<TRANS_A>(af, at + (TRANS_A ? k * LDA + row : row * LDA + k), LDA);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    mma_16x8x16(sum[i][j], af, bf[j / 2] + j % 2 * 2 * WORDS);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) { // rows g and g + 8: see mma
+                int row = i0 + i_warp + i * 16 + lane / 4 + half * 8;
+                int column = j0 + j_warp + j * 8 + lane % 4 * 2;
+                float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]}, read[2];
+                if (row >= M || column >= N) continue;
+                epilogue.read(read, blockIdx.z * M + row, column);
+                epilogue(blockIdx.z * M + row, column, pair, read);
+            }
+}
+
 static const char *product_name(bool trans_a, bool trans_b) {
     return trans_a ? "matmul, weight's gradient" : trans_b ? "matmul, input's gradient" : "matmul";
 }
 
-// How wide a tile of C (M,N) is. Hopper's are wider, unless that computes far beyond the edge of C:
-// for each column narrow ones take 1.3 times as long.
+// How wide a tile of C (M,N) is. Hopper's have 192 columns, or 96 where 192 would go far beyond the
+// edge of C: tiles of 96 take 1.3 times as long for each column.
 static int tile_columns(int N) {
     if (!HOPPER || this_gpu()->major != 9) return TILE;
     return 1.3 * blocks(N, 96) * 96 < blocks(N, 192) * 192 ? 96 : 192;
 }
 
-// Part z of the sums over K begins at z * depth, and the epilogue gets its rows at z * M + i.
 template <bool TRANS_A, bool TRANS_B, class Epilogue>
 static void multiply_mma(Epilogue epilogue, const floatX *a, int lda, const floatX *b, int ldb,
                          int M, int N, int K, int depth) {
@@ -549,7 +546,7 @@ static void matmul(Epilogue epilogue, const floatX *a, int lda, const floatX *b,
 // out = epilogue(inp (M,C) weight^T), weight (OC,C)
 template <class Epilogue> static void
 matmul_forward(Epilogue out, const floatX *inp, const floatX *weight, int M, int C, int OC) {
-    Parts none = {NULL, 0, 2}; // no memory: nothing is split
+    Parts none = {NULL, 0, 2}; // no memory: nothing is split. 2, as Hopper takes half of them
     matmul<false, false>(out, inp, C, weight, C, M, OC, C, none);
 }
 
@@ -639,7 +636,7 @@ static void noise_forward(int *x, float *weights, const int *targets, const int 
 // Grid: 1. Block: THREADS.
 __global__ void masked_positions_kernel(int *positions, int *R, const float *weights, int BT) {
     __shared__ int counts[THREADS];
-    int each = (BT + THREADS - 1) / THREADS; // positions of a stretch
+    int each = blocks(BT, THREADS); // positions of a stretch
     int begin = threadIdx.x * each, end = min(BT, begin + each), count = 0, before = 0;
     for (int i = begin; i < end; i++) count += weights[i] > 0;
     counts[threadIdx.x] = count;
@@ -905,8 +902,8 @@ static void rope(floatX *qkv, const float *cosine, const float *sine, float sign
 //   score = q k^T scale2  with scale2 = log2(e)/sqrt(C/NH),   lse = log2 sum exp2(score)
 enum { ATTN_ROWS = 64, ATTN_THREADS = 128, KEYS = 64 };
 
-// Tiles of 64 positions that a head has. Blocks take the tiles of one head after the other.
-HOST_DEVICE static inline int attention_tiles(int T) { return (T + ATTN_ROWS - 1) / ATTN_ROWS; }
+// In bf16 the hardware's approximation is exact enough.
+__device__ static inline float exp_2(float x) { return BF16 ? exp2_approx(x) : exp2f(x); }
 
 // sum (16,N) += a (16,D) b^T with b (N,D). Both are tiles in shared memory.
 template <int D, int N> __device__ static inline
@@ -914,7 +911,7 @@ void multiply_rows(float sum[N / 8][4], const floatX *a, const floatX *b) {
     enum { LD = D + PAD };
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
-        Pair af[4 * WORDS], bf[4 * WORDS]; // one of A, and two of B side by side
+        Word af[4 * WORDS], bf[4 * WORDS]; // one of A, and two of B side by side
         load_a<false>(af, a + d, LD);
 #pragma unroll
         for (int j = 0; j < N / 16; j++) {
@@ -927,11 +924,11 @@ void multiply_rows(float sum[N / 8][4], const floatX *a, const floatX *b) {
 
 // sum (16,D) += p (16,N) b with b (N,D). p is in registers, b a tile in shared memory.
 template <int D, int N> __device__ static inline
-void multiply(float sum[D / 8][4], const float p[N / 8][4], const floatX *b) {
+void multiply_probabilities(float sum[D / 8][4], const float p[N / 8][4], const floatX *b) {
     enum { LD = D + PAD };
 #pragma unroll
     for (int j = 0; j < N / 16; j++) {
-        Pair af[4 * WORDS], bf[4 * WORDS];
+        Word af[4 * WORDS], bf[4 * WORDS];
         to_a(af, p[2 * j], p[2 * j + 1]); // columns 16j .. 16j+15 of p
 #pragma unroll
         for (int d = 0; d < D / 16; d++) {
@@ -965,9 +962,9 @@ template <int N> __device__ static inline void mask_beyond(float (&p)[N][4], int
             if (j * 8 + (int)threadIdx.x % 4 * 2 + e % 2 >= begin) p[j][e] = -INFINITY;
 }
 
-// One step of the online softmax, for a warp's 16 queries and so many keys of KEYS. p (16,KEYS) are
+// One step of the online softmax, for a warp's 16 queries and the first `keys` of KEYS keys. p are
 // scores without scale2, and become probabilities. y, the output so far, and sum are scaled down if
-// a larger score comes. largest and sum are of queries lane / 4, and that + 8; sum is of this lane.
+// a larger score comes. Of queries lane / 4 and lane / 4 + 8: largest; sum, over the lane's keys.
 template <int D> __device__ static inline
 void online_softmax(float (&p)[KEYS / 8][4], float y[D / 8][4], float largest[2], float sum[2],
                     float scale2, int keys) {
@@ -1013,16 +1010,16 @@ void store_softmax(floatX *out, size_t ld, float *lse, float y[D / 8][4], const 
     store_rows<D>(out, ld, y, rows, columns);
 }
 
-// Grid: B * NH * attention_tiles(T), a block for 64 queries of a head. Block: ATTN_THREADS.
+// Grid: B * NH * (T / ATTN_ROWS), a block for 64 queries of a head. Block: ATTN_THREADS.
 template <int D> __global__ void __launch_bounds__(ATTN_THREADS)
 attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale,
                          int T, int C, int NH) {
     enum { LD = D + PAD };
     extern __shared__ __align__(16) floatX tiles[];
     floatX *qt = tiles, *kt = qt + ATTN_ROWS * LD, *vt = kt + KEYS * LD; // tiles of q, k, v
-    int bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, size = C / NH;
+    int bh = blockIdx.x / blocks(T, ATTN_ROWS), b = bh / NH, h = bh % NH, size = C / NH;
     int warp = threadIdx.x / WARP;
-    int t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS, t_warp = t0 + warp * 16;
+    int t0 = blockIdx.x % blocks(T, ATTN_ROWS) * ATTN_ROWS, t_warp = t0 + warp * 16;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     float scale2 = scale * 1.44269504f; // log2(e)
     float y[D / 8][4] = {}; // the warp's (16,D) of out, not yet divided by the sum
@@ -1047,7 +1044,7 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
 
         cp_async_wait<1>(); // the values are there, the next keys may be on their way
         __syncthreads();
-        multiply<D, KEYS>(y, p, vt);
+        multiply_probabilities<D, KEYS>(y, p, vt);
 
         __syncthreads(); // all are done with these values
         if (next < T) load_tile<KEYS, D>(vt, v + (size_t)next * 3 * C, 3 * C, T - next, size);
@@ -1059,21 +1056,21 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, float scale
     store_softmax<D>(to, C, lse, y, largest, sum, scale2, T - t_warp, size);
 }
 
-// Backward: with p = exp2(score - lse), dp = dout v^T and scale = 1/sqrt(C/NH),
-//   dscores = scale p (dp - delta),   dv = p^T dout,   dk = dscores^T q,   dq = dscores k
+// Backward: with p = exp2(score - lse), dp = dout v^T and delta = sum(p dp) over a query's keys,
+//   dscores = p (dp - delta) / sqrt(C/NH),   dv = p^T dout,   dk = dscores^T q,   dq = dscores k
 // Two launches do this, and both compute the scores again. Every sum then has one owner, without
 // atomics: a block of the first owns keys and goes over all queries, a block of the second owns
 // queries and goes over all keys.
 
-// lse_delta (B,NH,tiles * ATTN_ROWS,2) = lse, and delta = sum(p dp) over the keys of a query. This
-// is the sum of dout out over the head's channels, because dp_j = dout v_j and out = sum(p_j v_j).
-// For queries beyond the last lse is infinite, which makes their p zero.
+// lse_delta (B,NH,tiles * ATTN_ROWS,2) = lse and delta of each query. delta is the sum of dout out
+// over the head's channels, because dp_j = dout v_j and out = sum(p_j v_j). Queries beyond the last
+// get an infinite lse, which makes their p zero.
 // Grid: B * NH * tiles * ATTN_ROWS / 32. Block: THREADS, 8 lanes for each query. A lane has N
 // neighbouring channels at a time.
 template <int N>
 __global__ void attention_delta_kernel(float *lse_delta, const float *lse, const floatX *dout,
                                        const floatX *out, int T, int C, int NH) {
-    int padded_T = attention_tiles(T) * ATTN_ROWS, size = C / NH;
+    int padded_T = blocks(T, ATTN_ROWS) * ATTN_ROWS, size = C / NH;
     int n = (int)(thread_index() / 8), lane = threadIdx.x % 8;
     int bh = n / padded_T, t = n % padded_T; // the number of queries has no remainder
     size_t at = ((size_t)(bh / NH) * T + t) * C + bh % NH * size;
@@ -1088,8 +1085,8 @@ __global__ void attention_delta_kernel(float *lse_delta, const float *lse, const
     if (lane == 0) store(lse_delta + 2 * (size_t)n, both);
 }
 
-// How many queries (of keys) or keys to load at a time. Heads of 128 in fp32 then take all of the
-// 99 KiB that the smallest GPUs (8.6, 8.9, 12.0) give a block.
+// How many of the others, queries or keys, to load at a time. Heads of 128 in fp32 then take all of
+// the 99 KiB that the smallest GPUs (8.6, 8.9, 12.0) give a block.
 HOST_DEVICE static constexpr int others_at_a_time(int D, bool of_keys) {
     if (D > 64) return 16;
     if (of_keys) return BF16 || D < 64 ? 64 : 32;
@@ -1103,7 +1100,7 @@ void multiply_rows(float p[N / 8][4], const floatX *a1, const floatX *b1,
     enum { LD = D + PAD };
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
-        Pair af1[4 * WORDS], af2[4 * WORDS], bf[4 * WORDS];
+        Word af1[4 * WORDS], af2[4 * WORDS], bf[4 * WORDS];
         load_a<false>(af1, a1 + d, LD);
         load_a<false>(af2, a2 + d, LD);
 #pragma unroll
@@ -1119,9 +1116,9 @@ void multiply_rows(float p[N / 8][4], const floatX *a1, const floatX *b1,
 }
 
 // dk and dv of the block's keys from all queries; or, with OF_KEYS false, dq of the block's queries
-// from all keys. x1, x2 are tiles of the block's own, k and v or q and dout; y1, y2 of the other
-// two. The block's own positions are the rows of p and dscores.
-// Grid: B * NH * attention_tiles(T), a block for 64 positions of a head. Block: ATTN_THREADS.
+// from all keys. x1, x2 are tiles of the block's own, k and v or q and dout; y1, y2 of the others,
+// q and dout or k and v. The block's own positions are the rows of p and dscores.
+// Grid: B * NH * (T / ATTN_ROWS), a block for 64 positions of a head. Block: ATTN_THREADS.
 template <int D, bool OF_KEYS> __global__ void __launch_bounds__(ATTN_THREADS)
 attention_backward_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
                           const float *lse_delta, float scale, int T, int C, int NH) {
@@ -1129,15 +1126,15 @@ attention_backward_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
     extern __shared__ __align__(16) floatX tiles[];
     floatX *x1 = tiles, *x2 = x1 + ATTN_ROWS * LD;
     floatX *ring = x2 + ATTN_ROWS * LD; // two places, each for N positions of y1 and y2
-    int bh = blockIdx.x / attention_tiles(T), b = bh / NH, h = bh % NH, size = C / NH;
+    int bh = blockIdx.x / blocks(T, ATTN_ROWS), b = bh / NH, h = bh % NH, size = C / NH;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int t0 = blockIdx.x % attention_tiles(T) * ATTN_ROWS, t_warp = t0 + warp * 16;
+    int t0 = blockIdx.x % blocks(T, ATTN_ROWS) * ATTN_ROWS, t_warp = t0 + warp * 16;
     const floatX *q = qkv + (size_t)b * T * 3 * C + h * size, *k = q + C, *v = k + C;
     const floatX *dy = dout + (size_t)b * T * C + h * size;
     int ldx = OF_KEYS ? 3 * C : C, ldy = OF_KEYS ? C : 3 * C; // of x2 and y2
     float scale2 = scale * 1.44269504f, dk_or_dq[D / 8][4] = {}, dv[OF_KEYS ? D / 8 : 1][4] = {};
-    float own[2][2]; // lse and delta of the block's queries lane / 4, and that + 8
-    lse_delta += (size_t)bh * attention_tiles(T) * ATTN_ROWS * 2;
+    float own[2][2]; // lse and delta of the warp's queries lane / 4 and lane / 4 + 8; not OF_KEYS
+    lse_delta += (size_t)bh * blocks(T, ATTN_ROWS) * ATTN_ROWS * 2;
     for (int half = 0; half < 2; half++)
         load(own[half], lse_delta + (t_warp + lane / 4 + half * 8) * 2);
 
@@ -1173,8 +1170,8 @@ attention_backward_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
                 dscores[j][e] = scale * p[j][e] * (dscores[j][e] - query[1]);
             }
         }
-        multiply<D, N>(dk_or_dq, dscores, y1);
-        if constexpr (OF_KEYS) multiply<D, N>(dv, p, y2);
+        multiply_probabilities<D, N>(dk_or_dq, dscores, y1);
+        if constexpr (OF_KEYS) multiply_probabilities<D, N>(dv, p, y2);
 
         __syncthreads(); // all are done with these positions: others may take their place
     }
@@ -1193,7 +1190,7 @@ attention_forward_of(floatX *out, float *lse, const floatX *qkv, int B, int T, i
     if (this_gpu()->major == 9 && C / NH == D)
         return attention_forward_hopper<D>(out, lse, qkv, B, T, C, NH);
 #endif
-    int grid = B * NH * attention_tiles(T);
+    int grid = B * NH * blocks(T, ATTN_ROWS);
     size_t shared = (ATTN_ROWS + 2 * KEYS) * (D + PAD) * sizeof(floatX);
     auto attention = attention_forward_kernel<D>;
     allow_shared(attention, shared, "attention_forward");
@@ -1220,7 +1217,7 @@ attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const
         if (this_gpu()->major == 9 && C / NH == D)
             return attention_backward_hopper<D>(dqkv, dout, qkv, lse_delta, B, T, C, NH);
 #endif
-    int grid = B * NH * attention_tiles(T);
+    int grid = B * NH * blocks(T, ATTN_ROWS);
     float scale = 1 / sqrtf(C / NH);
     size_t row = (D + PAD) * sizeof(floatX);
     size_t kv_shared = (2 * ATTN_ROWS + 4 * others_at_a_time(D, true)) * row;
@@ -1239,7 +1236,7 @@ attention_backward_of(floatX *dqkv, const floatX *dout, const floatX *qkv, const
 static void attention_backward(floatX *dqkv, float *lse_delta, const floatX *dout,
                                const floatX *out, const floatX *qkv, const float *lse,
                                int B, int T, int C, int NH) {
-    int D = C / NH, grid = B * NH * attention_tiles(T) * ATTN_ROWS / (THREADS / 8);
+    int D = C / NH, grid = B * NH * blocks(T, ATTN_ROWS) * ATTN_ROWS / (THREADS / 8);
     auto delta = D % 4 == 0 ? attention_delta_kernel<4> : attention_delta_kernel<1>;
     delta<<<grid, THREADS>>>(lse_delta, lse, dout, out, T, C, NH);
     launched("attention_delta");
@@ -1326,7 +1323,7 @@ __global__ void crossentropy_kernel(float *losses, floatX *dlogits, const float 
 
 static void crossentropy(float *losses, floatX *dlogits, const float *logits, const float *weights,
                          const int *targets, const int *positions, int R, int V, int ld) {
-    // Large blocks for long rows: of fewer rows at a time, the second sweep may find more in L2.
+    // Large blocks for long rows: with fewer rows at a time, the second sweep finds more in L2.
     int threads = V > 16384 ? 1024 : THREADS;
     crossentropy_kernel<<<R, threads>>>(losses, dlogits, logits, weights, targets, positions,
                                         V, ld);
@@ -1369,8 +1366,8 @@ __device__ static double stretch_weight(const float *logits, int begin, int end,
     return sum;
 }
 
-// As in loopmdm.c, by all threads of a block: the largest threshold, at least least, that leaves a
-// weight of enough. It is found bit by bit.
+// As in loopmdm.c, by all threads of a block: the largest threshold, not below `least`, such that
+// what is not below it weighs `enough`. It is found bit by bit.
 __device__ static uint32_t threshold_of(const float *logits, int begin, int end, double largest,
                                         double temperature, uint32_t least, double enough) {
     uint32_t threshold = 0;
@@ -1391,7 +1388,7 @@ __global__ void sample_kernel(int *token, double *score, const float *logits, co
     __shared__ int owner;
     __shared__ int chosen;
     const float *x = logits + (size_t)blockIdx.x * ld;
-    int each = (V + THREADS - 1) / THREADS; // tokens of a stretch
+    int each = blocks(V, THREADS); // tokens of a stretch
     int begin = min(V, (int)threadIdx.x * each), end = min(V, begin + each), best = begin;
     for (int v = begin + 1; v < end; v++)
         if (x[v] > x[best]) best = v;
@@ -1446,8 +1443,9 @@ __global__ void sample_kernel(int *token, double *score, const float *logits, co
         double left = sums[owner];
         for (int v = begin; v < end && left >= 0; v++)
             if (float_order(x[v]) >= least) {
-                chosen = v;
-                left -= exp((x[v] - (double)largest) / d.temperature);
+                double w = exp((x[v] - (double)largest) / d.temperature);
+                if (w > 0) chosen = v;
+                left -= w;
             }
     }
     __syncthreads();
@@ -1481,7 +1479,7 @@ typedef struct {                            // what a pass computes, kept for it
     float *res2, *ln2_mean, *ln2_rstd;      // (B,T,C), (B,T), (B,T)
 } Acts;
 
-typedef struct { // as in loopmdm.c; only acts and sequence_loss are on the host
+typedef struct { // as in loopmdm.c; only acts, sequence_loss and graphs are on the host
     Config config;
     Tensors params, grads, moment1, moment2, ema;
     floatX *paramsx;                        // (total) in bf16 a copy of params for matrix products
@@ -1491,7 +1489,7 @@ typedef struct { // as in loopmdm.c; only acts and sequence_loss are on the host
     size_t bytes[NUM_MEMORIES];
 
     float *states;                          // (P+1,B,T,C), in inference (B,T,C)
-    Acts *acts;                             // (P), what they point to is on the GPU
+    Acts *acts;                             // (P) or (1), what they point to is on the GPU
     float *cosine, *sine;                   // (T,D/2)
     float *before, *settled;                // inference: (B,T,C)
 
@@ -1501,7 +1499,8 @@ typedef struct { // as in loopmdm.c; only acts and sequence_loss are on the host
     floatX *dlogits;                        // the same; in fp32 they take the place of the logits
     float *losses;                          // (R)
 
-    float *dres, *dhead, *lse_delta;        // (B,T,C), (head_rows,C) of head_inp, padded
+    float *dres, *dhead;                    // (B,T,C), (head_rows,C) of head_inp
+    float *lse_delta;                       // see attention_delta_kernel
     floatX *dresx, *dln, *datty;            // (B,T,C): a copy of dres, and two buffers
     floatX *dwide;                          // (B,T,4C) of fch, then (B,T,3C) of qkv
     Parts parts;
@@ -1527,10 +1526,14 @@ static size_t place_acts(Acts *a, Config c, size_t BT, char *at) {
     return lay_out(pieces, COUNT(pieces), at);
 }
 
+static float *pass_input(const Model *m, int p) {
+    return m->states + (m->training ? p : 0) * (size_t)m->B * m->T * m->config.channels;
+}
+
 static void model_plan(Model *m, int B, int T, int S, int training, int recompute) {
     Config c = m->config;
     size_t C = c.channels, V = c.vocab_size, BT = (size_t)B * T, P = num_passes(c, S);
-    size_t X = sizeof(floatX), F = sizeof(float), D = sizeof(double), I = sizeof(int);
+    size_t X = sizeof(floatX), F = sizeof(float), I = sizeof(int), doubles = sizeof(double);
     size_t n = m->params.total, R = max_int(512, (1 << 27) / c.vocab_size / TILE * TILE);
     if (R > BT) R = BT; // 2^27 logits are 512 MiB: a product large enough to fill a GPU
 
@@ -1542,7 +1545,7 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
     m->padded_logits = (int)((V + 7) / 8 * 8); // rows begin at a multiple of 16 bytes
     m->parts.size = 0;
     size_t tile = TILE * (HOPPER ? 192 : TILE); // the largest, see tile_columns()
-    if (training) // two tiles for each block, a row of weights, and room for gradient_norm()
+    if (training) // two tiles for each block (none in info), a bias's sums, gradient_norm()'s room
         m->parts.size = 2 * m->parts.blocks * tile + 4 * C + 2 * blocks(n, SQUARES);
     Acts unused; // place_acts() only counts here
     char *acts_memory;
@@ -1550,11 +1553,11 @@ static void model_plan(Model *m, int B, int T, int S, int training, int recomput
 
     size_t angles = (size_t)T * (C / c.heads / 2), logits = R * m->padded_logits;
     size_t grad = training ? BT * C : 0, kept = training ? 0 : BT * C; // numbers
-    size_t padded_T = (size_t)attention_tiles(T) * ATTN_ROWS;
+    size_t padded_T = (size_t)blocks(T, ATTN_ROWS) * ATTN_ROWS;
     const Piece pieces[] = {
-        {&m->sequence_loss_gpu, B * D}, {&m->x, BT * I}, {&m->targets, BT * I},
+        {&m->sequence_loss_gpu, B * doubles}, {&m->x, BT * I}, {&m->targets, BT * I},
         {&m->masked, BT * I}, {&m->count, I}, {&m->weights, BT * F}, {&m->token, R * I},
-        {&m->score, R * D}, {&m->change, B * D}, {&m->given, B * I}, {&m->ids, B * I},
+        {&m->score, R * doubles}, {&m->change, B * doubles}, {&m->given, B * I}, {&m->ids, B * I},
         {&m->states, BT * C * F * (training ? P + 1 : 1)},
         {&acts_memory, num_acts * acts_bytes}, {&m->cosine, angles * F}, {&m->sine, angles * F},
         {&m->head_inp, R * C * F}, {&m->lnf, R * C * X}, {&m->lnf_mean, R * F},
@@ -1618,11 +1621,11 @@ static void model_reserve(Model *m, int B, int T, int S, int training, int recom
             error == cudaSuccess ? "none was found" : cudaGetErrorString(error));
     const cudaDeviceProp *gpu = this_gpu();
     if (gpu->major < 8)
-        die(FAILED, "the GPU, %s, has compute capability %d.%d; 8.0 (Ampere) is needed",
+        die(FAILED, "the GPU, %s, has compute capability %d.%d, below 8.0: use loopmdm",
             gpu->name, gpu->major, gpu->minor);
-    if (D > 128) die(FAILED, "heads of %d channels: on the GPU they have 128 at most", D);
+    if (D > 128) die(FAILED, "heads of %d channels; on the GPU 128 at most: more --heads", D);
 
-    m->parts.blocks = 2 * gpu->multiProcessorCount; // 2 fit on each (dev/cuda/README.md)
+    m->parts.blocks = 2 * gpu->multiProcessorCount; // 2 fit on each of an A100 or H100
     model_plan(m, B, T, S, training, recompute);
     size_t available, all, MiB = 1 << 20;
     cuda_check(cudaMemGetInfo(&available, &all), "the GPU's memory");
@@ -1681,10 +1684,6 @@ static int model_noise(Model *m, const int *targets, const int *given, Noise noi
     noise_forward(m->x, m->weights, m->targets, m->given, m->config.vocab_size, noise, B, T);
     m->R = masked_positions(m->masked, m->count, m->weights, B * T);
     return m->R;
-}
-
-static float *pass_input(const Model *m, int p) {
-    return m->states + (m->training ? p : 0) * (size_t)m->B * m->T * m->config.channels;
 }
 
 // A parameter tensor as matrix products take it

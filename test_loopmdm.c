@@ -979,7 +979,7 @@ static void attention_errors(int B, int T, int NH, int D, double *forward, doubl
     float *want = FLOATS(n), *dwant = FLOATS(3 * n);
     attention_forward(out.there, lse, qkv.there, B, T, C, NH);
 #ifdef BACKEND // the softmax's sum(p dp) has a buffer of its own
-    size_t padded = (size_t)B * NH * attention_tiles(T) * ATTN_ROWS * 2;
+    size_t padded = (size_t)B * NH * blocks(T, ATTN_ROWS) * ATTN_ROWS * 2;
     float *lse_delta = (float *)model_array(padded * sizeof(float));
     attention_backward(dqkv.there, lse_delta, dout.there, out.there, qkv.there, lse, B, T, C, NH);
 #else

@@ -6,7 +6,7 @@ would wait. Therefore its training records what a pass launches, as a CUDA graph
 starts all of it at once. A large model would gain nothing, and its graphs would take memory.
 
 A graph has the arguments of its kernels in it. Here they depend on the pass, its layer, B and T,
-and on nothing else, so each of these has a graph of its own. What runs for the first time is not
+and on nothing else, so each combination has a graph of its own. What runs for the first time is not
 recorded: CUDA may load its kernels then, which a recording does not allow.
 
 loopmdm.cu includes this file. CUDA cannot record the ordinary default stream, so the build needs
@@ -35,7 +35,8 @@ struct Graphs {
     }
 };
 
-// For the training of a model whose forward passes have so many FLOPs; NULL: nothing is recorded.
+// For the training of a model whose forward pass through a layer has `flops`, without attention;
+// NULL: nothing is recorded.
 // 10 GFLOP take an H100 25 us at 400 TFLOP/s, and 8 launches take the CPU about 20. With
 // CUDA_LAUNCH_BLOCKING=1 an error is to show at its own launch.
 static Graphs *new_graphs(double flops) {

@@ -176,7 +176,7 @@ matmul_hopper_kernel(Epilogue epilogue, const __grid_constant__ CUtensorMap a,
         if (lane == 0) mbarrier_arrive(&empty[(step - 1) % H::stages]);
         for (int i = 0; i < ROWS / 64; i++) keep(sum[i]);
 
-        // A lane stores 4 neighbours at a time, in so many places. The first COLS / 8 are in the
+        // A lane stores 4 neighbours at a time, in PLACES places. The first COLS / 8 are in the
         // upper 64 rows. Of these places 2p and 2p + 1 come from pair p of results side by side:
         // row g, and row g + 8 (see mma).
         enum { PLACES = ROWS / 64 * COLS / 8 };
@@ -222,7 +222,8 @@ static CUtensorMap tensor_map(const floatX *matrix, int ld, int rows, int column
     if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)matrix, sizes, strides, box,
                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
-        die(FAILED, "the GPU's driver makes no tensor map of a matrix (%d,%d)", rows, columns);
+        die(FAILED, "the GPU's driver makes no tensor map of a matrix (%d,%d): build without "
+            "GPU=sm_90a", rows, columns);
     return map;
 }
 

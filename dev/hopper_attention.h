@@ -171,7 +171,7 @@ attention_backward_hopper_kernel(floatX *dqkv, const __grid_constant__ CUtensorM
     int t_warp = t0 + warp * 16;
     float scale2 = scale * 1.44269504f;
     float dk_or_dq[D / 8][4], dv[OF_KEYS ? D / 8 : 1][4]; // the first product sets them
-    float own[2][2]; // lse and delta of the block's queries lane / 4, and that + 8
+    float own[2][2]; // lse and delta of the warp's queries lane / 4 and lane / 4 + 8
     for (int half = 0; half < 2 && !OF_KEYS; half++) {
         int t = min(t_warp + lane / 4 + half * 8, T - 1); // lse_delta may end before the block
         load(own[half], lse_delta + 2 * t);

@@ -38,8 +38,8 @@ __device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *row) 
                  : "r"(shared_address(row)) : "memory");
 }
 
-// Starts a copy of 16 bytes to shared memory. Only the first so many bytes are read; the others
-// become zero.
+// Starts a copy of 16 bytes to shared memory. Only the first `bytes` are read; the others become
+// zero.
 __device__ static inline void cp_async_16(void *shared, const void *global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");

@@ -159,8 +159,8 @@ static void matmul3(float *out, const floatX *inp, const floatX *weight, const f
 // In fp32 the product is made of shuffles and is slow. What counts there is that it is right.
 
 // The pair (row,column), (row,column+1) of a tile, as mma_16x8x16 wants it
-__device__ static inline void load_pair(Pair *to, const floatX *tile, int row, int column) {
-    const Pair *from = (const Pair *)(tile + row * (DEPTH + PAD) + column);
+__device__ static inline void load_pair(Word *to, const floatX *tile, int row, int column) {
+    const Word *from = (const Word *)(tile + row * (DEPTH + PAD) + column);
     for (int w = 0; w < WORDS; w++) to[w] = from[w];
 }
 
@@ -182,7 +182,7 @@ matmul_kernel4(float *out, const floatX *inp, const floatX *weight, const float 
         __syncthreads(); // the tiles are complete
         for (int k = 0; k < DEPTH; k += 16) {
             int i_lane = i_warp + g, j_lane = j_warp + g, k_lane = k + 2 * q;
-            Pair a[4][4 * WORDS], b[4][2 * WORDS];
+            Word a[4][4 * WORDS], b[4][2 * WORDS];
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
