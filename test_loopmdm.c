@@ -2730,14 +2730,15 @@ static void check_files(void) {
     check("write", shell("printf '\\n \\r\\n\\t\\n' >no_templates && ln -s nothing link.csv && "
                          "printf '\\377\\376a\\0' >utf16"), 0, "empty lines, a link, UTF-16");
     // Data that is named as what training writes, or as its temporary names
-    check("make", shell("for i in 0 1 2; do mkdir data_$i; done; cp data.bin data_0/log.csv; "
-                        "cp data.bin data_1/state.bin.tmp; cp data.bin data_2/state.bin"), 0,
-          "folders with data");
+    check("make", shell("for i in 0 1 2 3; do mkdir data_$i; done; cp data.bin data_0/log.csv; "
+                        "cp data.bin data_1/state.bin.tmp; cp data.bin data_2/state.bin; "
+                        "echo notes >data_3/log.csv"), 0, "folders with data, one with notes");
     static const Failure failures[] = {
         {2, "would overwrite", "train --data data_0/log.csv --vocab 300 --out data_0"},
         {2, "would overwrite",
          "train --data data.bin --val-data data_1/state.bin.tmp --vocab 300 --out data_1"},
         {2, "would overwrite", "train --data data_2/state.bin --vocab 300 --out data_2"},
+        {2, "is no log of a training", "train " BASE "--steps 1 --out data_3"},
         {2, "already there", "train " LONG "--ema 0.9 --out whole"},
         {2, "beyond --steps", "train " LONG "--ema 0.9 --out whole --resume --steps 3"},
         {2, "another shape", "train " BASE "--out whole --resume"},

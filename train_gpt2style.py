@@ -588,8 +588,14 @@ def open_data(pattern, tokenizer, o, c):
         raise ValueError(f"{pattern}: a token is outside the vocabulary of {c.vocab_size}: was it "
                          "made with another tokenizer?")
     stride = c.max_seq_len if o.fixed_rows or o.answers_after else 1
+    for s in data.shards:
+        if len(s) % stride:
+            raise ValueError(f"{pattern}: {len(s)} tokens are not rows of {stride}, the model's "
+                             "--seq-len")
     separator = -1
     if o.answers_after:
+        if not tokenizer:
+            raise ValueError("--answers-after needs --tokenizer, to find that token")
         tokens = tokenizer_open(tokenizer)[0]
         if o.answers_after.encode() not in tokens:
             raise ValueError(f"--answers-after: '{o.answers_after}' is no token of {tokenizer}")
@@ -643,11 +649,13 @@ def log_open(path, step, loops):
     """log.csv, with its lines up to this step."""
     columns = "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops"
     columns += "".join(f",val_nelbo_s{S}" for S in loops) + "\n"
-    old = open(path).readlines() if step and os.path.exists(path) else [columns]
-    if old[:1] != [columns]:
+    old = open(path).readlines() if os.path.exists(path) else [columns]
+    if step and old[:1] != [columns]:
         raise ValueError(f"--resume: {path} has other columns: give --val-data and --loops as when "
                          "it was begun")
-    write_file(path, "".join(old[: 1 + step]).encode())
+    if old and not old[0].startswith("step,loops,t"):
+        raise ValueError(f"{path} is there, and is no log of a training: choose another --out")
+    write_file(path, "".join([columns, *old[1: 1 + step]]).encode())
     return open(path, "a")
 
 def train(o):
@@ -657,13 +665,13 @@ def train(o):
     for name, value in zip("batch accum steps warmup lr ema".split(), RECIPES[o.model]):
         value = min(value, o.steps // 4) if name == "warmup" else value  # --steps is already set
         setattr(o, name, value if getattr(o, name) is None else getattr(o, name))
-    if (o.tokenizer is None) == (o.vocab is None):
-        raise ValueError("train needs --tokenizer, or --vocab if the data have none")
     V = vocabulary_size(o.tokenizer) if o.tokenizer else o.vocab
     c = make_config(o.seq_len or T, V, o.layers or L, o.heads or NH, o.channels or C, a, b,
                     1 if a == b else o.max_loops or S)  # without a loop S changes nothing
     data = open_data(o.data, o.tokenizer, o, c)
     val = open_data(o.val_data, o.tokenizer, o, c) if o.val_data else None
+    if o.loops and not val:
+        raise ValueError("--loops has no effect without --val-data")
     loops = (o.loops or default_loops(c)) if val else []
     check_folder(o, [data, val] if val else [data])
     run = train_begin(o, c)
@@ -718,6 +726,9 @@ def run_eval(o):
     print(f"NELBO of {o.rows} sequences at step {step}\n\nloops  passes  NELBO, nats/token")
     for S in o.loops or default_loops(c):
         nelbo = evaluate(model, data, S, o.rows, o.batch, o.seed)
+        if not math.isfinite(nelbo):
+            raise ValueError(f"--model: the loss of {o.model} is {nelbo} at {S} loops: its "
+                             "training went wrong")
         print(f"{S:5}  {num_passes(c, S):6}    {nelbo:.4f}", flush=True)
 
 def run_sample(o):
@@ -726,9 +737,11 @@ def run_sample(o):
     c, T = model.config, o.length or model.config.max_seq_len
     tokens, eot, encode = tokenizer_open(os.path.join(o.model, "tokenizer.bin"))
     begin = [eot, *encode(o.prompt)]  # every text begins after an end-of-text
-    if not len(begin) <= T <= c.max_seq_len:
-        raise ValueError(f"--prompt has {len(begin)} tokens with the end-of-text before it; "
-                         f"{min(T, c.max_seq_len)} are possible")
+    if T > c.max_seq_len:
+        raise ValueError(f"--length is {T}; the model takes at most {c.max_seq_len} tokens")
+    if len(begin) > T:
+        raise ValueError(f"--prompt has {len(begin)} tokens with the end-of-text before it; {T} "
+                         "are possible")
     x = np.array([begin + [c.vocab_size] * (T - len(begin))])
     for i in range(o.n):
         ids = sample(model, x, o, o.loops or c.max_loops, o.seed, i)[-1, 0, 1:].tolist()
@@ -745,6 +758,12 @@ def number(least, most=2**31 - 1, kind=int):
     convert.__name__ = "number"  # argparse's messages have it
     return convert
 
+def not_empty(text):
+    """The type of an option that takes text or a name."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
 def loop_numbers(text):
     """The value of --loops: "1,2,4" -> [1, 2, 4]"""
     return [number(1, 100000)(word) for word in text.split(",")]
@@ -760,7 +779,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(epilog="The options are loopmdm's. Its --help explains them.")
     commands = parser.add_subparsers(required=True)
     t, e, s = map(commands.add_parser, ("train", "eval", "sample"))
-    text, real = {"type": str}, {"type": number(0, math.inf, float)}
+    text, real = {"type": not_empty}, {"type": number(0, 1e300, float)}
     whole, from_0, share = ({"type": number(*a)} for a in ((1,), (0,), (0, 1, float)))
 
     def add(parsers, kind, **defaults):  # the default ... is for what must be given
@@ -770,16 +789,18 @@ def main(words=None):
 
     add([e, s], text, model=...)
     add([t, e], text, data=..., answers_after=None)
-    add([t], text, out=..., val_data=None, tokenizer=None)
+    add([t], text, out=..., val_data=None)
+    either = t.add_mutually_exclusive_group(required=True)
+    add([either], text, tokenizer=None)
+    add([either], whole, vocab=None)
     add([t], {"choices": PRESETS}, model="nano")
     add([t], {"choices": ["uniform", "fixed", "top", "flops"]}, loop_dist="uniform")
-    add([t], whole, vocab=None, layers=None, heads=None, channels=None, seq_len=None,
-        max_loops=None, batch=None, steps=None, accum=None, save_every=500, val_every=500,
-        val_rows=256)
+    add([t], whole, layers=None, heads=None, channels=None, seq_len=None, max_loops=None,
+        batch=None, steps=None, accum=None, save_every=500, val_every=500, val_rows=256)
     add([t], from_0, warmup=None, noise_warmup=0)
     add([t], real, lr=None, weight_decay=0.1)
     add([t], share, floor=0.1)
-    add([t], {"type": number(1e-9, math.inf, float)}, clip=1.0)
+    add([t], {"type": number(1e-9, 1e300, float)}, clip=1.0)
     add([t], {"type": number(0, 1 - 2**-53, float)}, ema=None)
     add([t], {"type": two_layers}, loop=None)
     add([t, e], {"type": loop_numbers}, loops=None)
@@ -787,16 +808,19 @@ def main(words=None):
     add([t, e], {"action": "store_true"}, fixed_rows=False)
     add([e], whole, rows=1024)
     add([e], whole, batch=16)
-    add([s], text, prompt="")
+    add([s], {"type": str}, prompt="")
     add([s], {"choices": ORDERS}, order="confidence")
     add([s], whole, n=1, loops=None, length=None, steps=32, top_k=0, block=0)
-    add([s], real, temperature=1.0, top_p=1.0, threshold=0.9)
+    add([s], real, temperature=1.0)
+    add([s], share, top_p=1.0, threshold=0.9)
     add([t, e, s], {"type": number(0, 2**64 - 1)}, seed=1)
     add([t, e, s], {"choices": ["cpu", "cuda"]}, device="cpu")
     for p, run in ((t, train), (e, run_eval), (s, run_sample)):
         p.set_defaults(run=run)
     o = parser.parse_args(words)
     try:
+        if not sys.stdout:
+            raise ValueError("standard output is closed")
         if o.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no GPU")
         o.run(o)

@@ -16,7 +16,8 @@ static void check_regular(const char *path) { // rename() would put a file where
 static FILE *file_begin(const char *path) {
     check_regular(path);
     char *temporary = concat(path, ".tmp");
-    FILE *file = fopen(temporary, "wb");
+    // One may be left from a program that was killed. If it were a link, another file would change.
+    FILE *file = unlink(temporary) && errno != ENOENT ? NULL : fopen(temporary, "wbx");
     int error = errno;
     free(temporary);
     errno = error;

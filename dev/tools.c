@@ -340,6 +340,9 @@ static void parse_options(int command, int argc, char **argv) {
     if (opt_threads > 1024) die(USAGE, "--threads is %d; at most 1024", opt_threads);
 #ifdef _OPENMP
     if (opt_threads) omp_set_num_threads(opt_threads);
+    int threads = omp_get_max_threads();
+    if (threads < 1 || threads > 1024)
+        die(USAGE, "OMP_NUM_THREADS gives %d threads: 1 to 1024 are possible", threads);
 #else
     if (opt_threads > 1)
         die(USAGE, "--threads is %d, but this program was built without OpenMP: it has one thread",
@@ -692,18 +695,23 @@ static void csv_check(const char *option, const char *path) {
 }
 
 // Opens log.csv to add lines. It keeps the steps of an old one up to this step: a resumed run
-// repeats the others. The columns must be the same.
+// repeats the others. The columns must be the same. What is no log of a training stays.
 static FILE *log_open(const char *folder, int step, const int *val_loops, int num_val) {
     char *path = concat(folder, "/log.csv"), *kept = NULL, line[4096], first[1024] = "";
     size_t bytes;
-    FILE *old = step ? fopen(path, "r") : NULL, *log = open_memstream(&kept, &bytes);
+    FILE *old = fopen(path, "r"), *log = open_memstream(&kept, &bytes);
+    if (!old && errno != ENOENT) die(FAILED, "cannot read %s: %s", path, strerror(errno));
     fprintf(log, "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops");
     for (int i = 0; i < num_val; i++) fprintf(log, ",val_nelbo_s%d", val_loops[i]);
     fprintf(log, "\n");
     fflush(log); // now the columns are in kept
-    if (old && fgets(first, sizeof first, old) && strcmp(first, kept))
-        die(USAGE, "--resume: %s has other columns: give --val-data and --loops as when it was "
-            "begun", path);
+    if (old && fgets(first, sizeof first, old) && strcmp(first, kept)) {
+        if (step)
+            die(USAGE, "--resume: %s has other columns: give --val-data and --loops as when it was "
+                "begun", path);
+        if (strncmp(first, kept, strlen("step,loops,t")))
+            die(USAGE, "%s is there, and is no log of a training: choose another --out", path);
+    }
     while (old && fgets(line, sizeof line, old)) {
         // A run that was killed may have left half a line.
         int whole = isdigit((unsigned char)line[0]) && strchr(line, '\n');

@@ -37,6 +37,7 @@ import csv
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 import train_gpt2style as reference  # noqa: E402
+from dev.data import outputs  # noqa: E402
 
 PARTS = ("train", "forward", "sample", "matmul", "memory", "scaling")
 IN_PROCESS = {"forward", "sample", "matmul"}  # they call functions of build/profile.so
@@ -92,7 +94,8 @@ def loopmdm_seconds(o, S, folder, precision):
     """Seconds of the fastest of o.steps steps. The first, which touches the memory, is left out."""
     remove_run(folder)
     command = program_arguments(o, S, folder, o.steps + 1, precision)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"bench.py: {' '.join(command)} failed")
     with open(os.path.join(folder, "run", "log.csv")) as log:
         best = max(float(row["tokens_per_s"]) for row in list(csv.DictReader(log))[1:])
     return o.batch * config_of(o, S).max_seq_len / best
@@ -245,7 +248,7 @@ def kinds(o):
 
 def bench_train(o, table, folder):
     """Training steps, in tokens/s."""
-    for S in (int(s) for s in o.loops.split(",")):
+    for S in o.loops:
         sides = {f"loopmdm {p}": functools.partial(loopmdm_seconds, o, S, folder, p)
                  for p in precisions(o)}
         for by, kind in kinds(o).items():
@@ -355,7 +358,8 @@ def bench_memory(o, table, folder):
     """Largest resident memory of training processes in fp32, in MiB. The ratio is loopmdm's over
     that of eager PyTorch with its own part, so lower is better."""
     this = [sys.executable, os.path.abspath(__file__), "--model", o.model, "--vocab", str(o.vocab),
-            "--batch", str(o.batch), "--threads", str(o.threads), "--seq-len", str(o.seq_len or 0)]
+            "--batch", str(o.batch), "--threads", str(o.threads),
+            "--seq-len", str(config_of(o, 1).max_seq_len)]
     no_model = "import torch; torch.mm(torch.ones(64, 64), torch.ones(64, 64))"
     alone = peak_memory([sys.executable, "-c", no_model])
     for S in (1, 4, 8):
@@ -429,18 +433,18 @@ def write_data(path, vocab):
 def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, number = parser.add_argument, reference.number
     add("parts", nargs="*", help=f"of {', '.join(PARTS)} (default train)")
     add("--suite", action="store_true",
         help="train, forward, sample and memory for nano, d6 and d12")
     add("--model", default="d6", choices=reference.PRESETS)
-    add("--vocab", type=int, default=4096)
-    add("--seq-len", type=int, default=0, help="positions (default: the preset's)")
-    add("--batch", type=int, help="sequences (default 16 on the CPU, 64 on a GPU)")
-    add("--loops", default="1,4", help="numbers of loops in training")
-    add("--steps", type=int, help="steps in a turn (default 3 on the CPU, 20 on a GPU)")
-    add("--turns", type=int, default=3, help="turns of each")
-    add("--threads", type=int, default=os.cpu_count())
+    add("--vocab", type=number(1, 65535), default=4096)
+    add("--seq-len", type=number(1, 65536), help="positions (default: the preset's)")
+    add("--batch", type=number(1, 65536), help="sequences (default 16 on the CPU, 64 on a GPU)")
+    add("--loops", type=reference.loop_numbers, default="1,4", help="numbers of loops in training")
+    add("--steps", type=number(1), help="steps in a turn (default 3 on the CPU, 20 on a GPU)")
+    add("--turns", type=number(1), default=3, help="turns of each")
+    add("--threads", type=number(1, 1024), default=os.cpu_count())
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--program", help="default ./loopmdm, or build/loopmdm_cuda_bf16 with --device cuda")
     add("--cuda-graphs", action="store_true",
@@ -452,6 +456,11 @@ def options():
     if set(o.parts) - set(PARTS):
         parser.error(f"parts are {', '.join(PARTS)}")
     cuda = o.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
+    if o.program is not None and not shutil.which(o.program):
+        parser.error(f"--program: there is no program {o.program}")
+    config_of(o, max(o.loops))  # raises ValueError
     o.batch, o.steps = o.batch or (64 if cuda else 16), o.steps or (20 if cuda else 3)
     return o
 
@@ -466,9 +475,9 @@ def main():
     parts = o.parts or ["train"]
     build(o, set(parts))
     lib = library(o) if IN_PROCESS & set(parts) else None
+    table = Table(o.csv)
     where = torch.cuda.get_device_name() if o.device == "cuda" else f"{o.threads} threads"
     print(f"{where}, PyTorch {torch.__version__}; best of {o.turns} turns of {o.steps} steps")
-    table = Table(o.csv)
     shapes = SUITE if o.suite else [(o.model, o.vocab, o.seq_len, o.batch)]
     run = {"train": bench_train, "memory": bench_memory, "scaling": bench_scaling,
            "forward": bench_forward, "sample": bench_sample, "matmul": bench_matmul}
@@ -483,4 +492,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("bench.py", main)

@@ -19,10 +19,16 @@ speeds, which is above 1 where loopmdm is faster. All is in bf16. It is not quit
 Attention's backward is all of the profile's attention_* but the forward.
 """
 import argparse
+import os
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+from dev.data import outputs  # noqa: E402
+from train_gpt2style import number  # noqa: E402
 
 # name, OC, C, microseconds, TFLOP/s
 PRODUCT = re.compile(r"(matmul.*?) \((\d+),(\d+)\) +\d+ +[\d.]+ +[\d.]+ % +([\d.]+) +([\d.]+)")
@@ -79,10 +85,15 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", help="what the program printed")
     for name in ("batch", "seq-len", "heads", "channels"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+        parser.add_argument(f"--{name}", type=number(1), required=True)
     o = parser.parse_args()
     with open(o.log, errors="replace") as file:
         text = file.read()
+    each = {name: 1e3 * float(ms) / int(count) for name, count, ms in OTHER.findall(text)}
+    if "attention_forward" not in each:
+        parser.error(f"{o.log} is no LOG: a program built for profiling prints one")
+    if not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU")
 
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, us")
     print(f"{'':52} {'loopmdm':>9} {'library':>9} {'ratio':>7}")
@@ -91,11 +102,10 @@ def main():
         rows = 128 * max(1, round(rows / 128))  # as libraries like it
         took = library_product(kind, rows, int(OC), int(C))
         row(f"{kind} ({OC},{C}), {rows} rows", float(us), took)
-    each = {name: 1e3 * float(ms) / int(count) for name, count, ms in OTHER.findall(text)}
     forward, backward = library_attention(o)
     row("attention, forward", each.pop("attention_forward"), forward)
     row("attention, backward", sum(each.values()), backward)
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("libraries.py", main)

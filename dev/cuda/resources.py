@@ -19,6 +19,9 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+from dev.data import outputs  # noqa: E402
+
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_90a": 228, "sm_100": 228}  # KiB of an SM
 # Of an SM, in all of them. Registers lie in 4 parts, one for every fourth warp.
 REGISTERS, MAX_THREADS, MAX_BLOCKS = 65536, 2048, 32
@@ -191,8 +194,8 @@ def main():
     for arch, bf16 in builds if not args.logs else []:
         print_tables(compile_log(args.nvcc, arch, bf16), args.all)
     for log in args.logs:
-        with sys.stdin if log == "-" else open(log) as f:
+        with open(0 if log == "-" else log, errors="replace") as f:
             print_tables(f.read(), args.all)
 
 
-main()
+outputs.run("resources.py", main)

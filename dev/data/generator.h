@@ -106,7 +106,8 @@ static void start(Output *out) {
     if (!lstat(out->path, &info) && !S_ISREG(info.st_mode)) {
         die(1, "%s is a folder, device, pipe or link; choose another " OUTPUT, out->path);
     }
-    out->file = fopen(out->temporary, "wb");
+    unlink(out->temporary); // from a program that was killed; a link would lead elsewhere
+    out->file = fopen(out->temporary, "wbx");
     if (!out->file) {
         die(1, "cannot create %s: %s; choose another " OUTPUT, out->temporary, strerror(errno));
     }

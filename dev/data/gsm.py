@@ -19,6 +19,8 @@ import re
 import struct
 import sys
 
+import outputs
+
 try:
     import tinystories
     from tokenizers import Regex, pre_tokenizers
@@ -188,28 +190,20 @@ def make(args):
             if len(lengths) % 1000 == 0:
                 tinystories.progress(f"{args.output}: {len(lengths)} problems encoded")
 
-    outputs = [args.tokenizer, args.output] if args.train_tokenizer else [args.output]
-    temporary = {path: path + ".tmp" for path in outputs}
-    for path in temporary:
-        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise ValueError(f"{path} is a folder, device, pipe or link; choose another name")
-    try:
+    paths = [args.tokenizer, args.output] if args.train_tokenizer else [args.output]
+    with outputs.new_files(*paths) as parts:
         if args.train_tokenizer:
-            tinystories.write_tokenizer_bin(temporary[args.tokenizer], tokens, eot)
-        count, _ = tinystories.write_shard(temporary[args.output], sequences())
+            tinystories.write_tokenizer_bin(parts[0], tokens, eot)
+        try:
+            count, _ = tinystories.write_shard(parts[-1], sequences())
+        finally:
+            tinystories.progress("")
         if not lengths:
             raise ValueError(f"{args.input}: no problems")
         if not count:
             raise ValueError(f"{args.input}: all {len(lengths)} rows are too long: "
                              f"from {min(lengths)} to {max(lengths)} tokens, "
                              f"--rows-of {args.rows_of}")
-        for path, part in temporary.items():
-            os.replace(part, path)
-    finally:
-        tinystories.progress("")
-        for part in temporary.values():
-            if os.path.exists(part):
-                os.remove(part)
 
     if args.train_tokenizer:
         print(f"{args.tokenizer}: {len(tokens)} tokens, end-of-text {eot}, separator {sep}")
@@ -251,7 +245,7 @@ def main():
     if len({os.path.realpath(path) for path in names}) < len(names):
         parser.error(f"{', '.join(paths)} must be three different files, "
                      "none another's name with .tmp")
-    tinystories.run(parser.prog, make, args)
+    outputs.run(parser.prog, make, args)
 
 
 if __name__ == "__main__":

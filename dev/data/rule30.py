@@ -18,6 +18,8 @@ import os
 import random
 import sys
 
+import outputs
+
 try:
     import tinystories
 except ImportError:
@@ -60,20 +62,6 @@ def first_rows(cells, count, seed, test):
             count -= 1
 
 
-def save(files):
-    """Writes files, all complete or none. files: {path: function that writes to a path}."""
-    try:
-        for path, write in files.items():
-            write(path + ".tmp")
-        for path in files:
-            os.replace(path + ".tmp", path)
-    except OSError as error:
-        for name in files:
-            if os.path.exists(name + ".tmp"):
-                os.remove(name + ".tmp")
-        sys.exit(f"rule30.py: cannot write {path}: {error.strerror}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,15 +79,17 @@ def main():
         parser.error(f"a shard has at most {MOST_TOKENS} tokens: give a lower --count")
     if "" in (o.output, o.tokenizer):
         parser.error("--output and --tokenizer need a name")
-    if o.tokenizer and os.path.realpath(o.tokenizer) == os.path.realpath(o.output):
-        parser.error("--output and --tokenizer would overwrite each other")
+    paths = [o.output, o.tokenizer] if o.tokenizer else [o.output]
+    names = [*paths, *(path + ".tmp" for path in paths)]  # .tmp is written first
+    if len(set(map(os.path.realpath, names))) < len(names):
+        parser.error("--output and --tokenizer must be different, also with .tmp added to one")
 
     rows = (sequence(first, o.rows) for first in first_rows(o.cells, o.count, o.seed, o.test))
-    files = {o.output: lambda path: tinystories.write_shard(path, rows)}
-    if o.tokenizer:
-        files[o.tokenizer] = lambda path: tinystories.write_tokenizer_bin(path, TOKENS, EOT)
-    save(files)
+    with outputs.new_files(*paths) as parts:
+        tinystories.write_shard(parts[0], rows)
+        if o.tokenizer:
+            tinystories.write_tokenizer_bin(parts[1], TOKENS, EOT)
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("rule30.py", main)

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import urllib.request
 
+import outputs
+
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError:
@@ -342,20 +344,6 @@ def share(text):
     return value
 
 
-def run(program, make, args):
-    """
-    Calls make(args). An OSError, a ValueError or Ctrl-C ends the program with one line on standard
-    error and status 1.
-    """
-    try:
-        make(args)
-    except (OSError, ValueError) as e:
-        named = getattr(e, "filename", None)
-        sys.exit(f"{program}: {named}: {e.strerror}" if named else f"{program}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{program}: interrupted")
-
-
 def main():
     about = "Makes training data from TinyStories, or from any text."
     parser = argparse.ArgumentParser(prog="tinystories.py", description=about)
@@ -380,7 +368,7 @@ def main():
         parser.error("--gpt2-vocab and --gpt2-merges are for --vocab gpt2")
     if args.shuffle is not None and not args.input:
         parser.error("--shuffle is for --input")
-    run(parser.prog, make, args)
+    outputs.run(parser.prog, make, args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ import sys
 import matplotlib
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+from dev.data import outputs  # noqa: E402
+
 # A puzzle that the model solves loop after loop. Another model may not: see find_puzzle.
 PUZZLE = (".71..28.. 6.......1 3...1..65 ..43...1. ...1..5.4 "
           "8..2...96 123.4..7. ...9.31.. .9.8.....")
@@ -396,8 +399,9 @@ def save(frames, path):
     palette = make_palette()
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     times = [FIRST_MS] + [STEP_MS] * (len(frames) - 2) + [LAST_MS]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0,
-                   optimize=True)
+    with outputs.new_files(path) as [part]:
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=times,
+                       loop=0, optimize=True)
     size = os.path.getsize(path)
     print(f"{path}: {len(frames)} frames, {sum(times) / 1000:.1f} s, {size} bytes")
     if size > MOST_BYTES:
@@ -419,6 +423,8 @@ def main():
     parser.add_argument("--out", default="dev/demo/demo.gif", metavar="FILE",
                         help="default: %(default)s")
     options = parser.parse_args()
+    if not options.out.endswith(".gif"):
+        parser.error("--out needs a name that ends in .gif")
 
     story = write_story(options.program, options.stories, options.seed)
     print("".join(story[0]))
@@ -431,4 +437,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("demo.py", main)

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import train_gpt2style as R  # noqa: E402
+from dev.data import outputs  # noqa: E402
 
 DUMP_MAGIC = 20260527
 
@@ -313,7 +314,8 @@ def dump(path, c, seed, B, T, loops):
     dump_answers(out, c, targets, seed)
     dump_samples(out, model, targets, loops[-1], seed)
     dump_training(out, model, data, seed, B)  # last: it changes the parameters
-    write_dump(path, out)
+    with outputs.new_files(path) as [part]:
+        write_dump(part, out)
 
 
 def main():
@@ -322,6 +324,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder")
     parser.add_argument("--large", action="store_true", help="the larger cases")
     o = parser.parse_args()
+    if not o.out or os.path.isfile(o.out):
+        parser.error("--out needs a folder")
     torch.set_num_threads(1)  # so that the bits do not depend on the number of cores
     os.makedirs(o.out, exist_ok=True)
     for name, (shape, *rest) in (LARGE_CASES if o.large else SMALL_CASES).items():
@@ -331,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("dump.py", main)

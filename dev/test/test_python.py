@@ -15,6 +15,7 @@ import os
 import pty
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -544,9 +545,9 @@ def check_sudoku_errors(program, path):
     folder, out = path(""), path("new.bin")
     before = sorted(os.listdir(folder))
 
-    def files_after(status, *options):
+    def files_after(status, *options, before_it=None):
         """The files after an error with this status and one line; None after anything else."""
-        done = subprocess.run([program, *options], capture_output=True)
+        done = subprocess.run([program, *options], capture_output=True, preexec_fn=before_it)
         said = done.stderr.decode(errors="replace")
         right = done.returncode == status and not done.stdout
         if right and re.fullmatch(r"sudoku: [^\n]+\n", said):
@@ -605,19 +606,24 @@ def check_sudoku_errors(program, path):
     with contextlib.suppress(FileNotFoundError):
         os.remove(out + ".tmp")
     before = sorted(os.listdir(folder))
-    if not os.path.exists("/dev/full"):
-        return
     boards, old = path("boards.bin"), file_bytes(path("boards.bin"))
     for name in ("--output", "--tokenizer"):
-        # It writes boards.bin.tmp, which is a full disk here, and renames it when it is complete.
-        if os.path.lexists(boards + ".tmp"):
-            os.remove(boards + ".tmp")
-        os.symlink("/dev/full", boards + ".tmp")
-        wrong = files_after(1, "--size", "9", name, boards) != before
-        check(f"sudoku: disk full, {name}: one line, status 1 and the old file",
-              wrong or os.path.islink(boards) or file_bytes(boards) != old)
-    check("sudoku: --output /dev/full: one line and status 1",
-          files_after(1, "--size", "9", "--output", "/dev/full") != before)
+        wrong = files_after(1, "--size", "9", name, boards, before_it=no_room) != before
+        check(f"sudoku: no room, {name}: one line, status 1 and the old file",
+              wrong or file_bytes(boards) != old)
+    os.symlink(boards, out + ".tmp")
+    run(program, "--size", "4", "--output", out)
+    check("sudoku: a link named FILE.tmp is not followed",
+          file_bytes(boards) != old or os.path.islink(out))
+    os.remove(out)
+    if os.path.exists("/dev/full"):
+        check("sudoku: --output /dev/full: one line and status 1",
+              files_after(1, "--size", "9", "--output", "/dev/full") != before)
+
+
+def no_room():
+    """A process that begins with this may not write more than 16 bytes into a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 
 
 def check_rule30():
@@ -823,6 +829,11 @@ def check_nothing_is_lost(data, model):
     check("PyTorch refuses: data that it would overwrite",
           refused("would overwrite", "train", "--data", input_path, *model[2:], "--out",
                   os.path.dirname(input_path)) or file_bytes(input_path) != file_bytes(model[1]))
+
+    with open(input_path, "w") as f:
+        f.write("notes\n")
+    check("PyTorch refuses: a log.csv that is none", refused("is no log of a training", *train[:-3],
+          "--out", os.path.dirname(input_path)) or file_bytes(input_path) != b"notes\n")
 
     with open(state_path, "wb") as f:
         f.write(state[:4] + struct.pack("i", 2) + state[8:])

@@ -16,6 +16,9 @@ import unicodedata
 
 import tokenizers
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+from dev.data import outputs  # noqa: E402
+
 SURROGATES = range(0xD800, 0xE000)  # no characters: they have no UTF-8 form
 CODE_POINTS = [c for c in range(0x110000) if c not in SURROGATES]
 BATCH = 1000                        # code points asked about at once
@@ -100,12 +103,9 @@ def main():
 #include <stdint.h>
 
 """ + "\n".join(map(table, names, found)) + "\n#endif\n"
-    try:
-        with open(args.out + ".tmp", "w", encoding="ascii", newline="\n") as f:
+    with outputs.new_files(args.out) as [part]:
+        with open(part, "w", encoding="ascii", newline="\n") as f:
             f.write(text)
-        os.replace(args.out + ".tmp", args.out)
-    except OSError as e:
-        sys.exit(f"unicode.py: {args.out}: {e.strerror}")
     print(f"{args.out}: tokenizers {tokenizers.__version__}, Unicode {version}; "
           f"Python {platform.python_version()} has Unicode {unicodedata.unidata_version}")
     for name, ours, python in zip(names, found, python_classes()):
@@ -119,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    outputs.run("unicode.py", main)
