@@ -699,8 +699,9 @@ static void csv_check(const char *option, const char *path) {
 static FILE *log_open(const char *folder, int step, const int *val_loops, int num_val) {
     char *path = concat(folder, "/log.csv"), *kept = NULL, line[4096], first[1024] = "";
     size_t bytes;
-    FILE *old = fopen(path, "r"), *log = open_memstream(&kept, &bytes);
+    FILE *old = fopen(path, "r");
     if (!old && errno != ENOENT) die(FAILED, "cannot read %s: %s", path, strerror(errno));
+    FILE *log = open_memstream(&kept, &bytes);
     fprintf(log, "step,loops,t,loss,lr,grad_norm,tokens_per_s,flops");
     for (int i = 0; i < num_val; i++) fprintf(log, ",val_nelbo_s%d", val_loops[i]);
     fprintf(log, "\n");
