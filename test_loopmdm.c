@@ -2111,11 +2111,11 @@ static void make_files(void) {
 // ---- training that is stopped, and goes on ----
 
 // Begins a training in the folder `name`. Stops it by this signal when a file there has more than
-// so many bytes.
-static void stop_run(const char *name, const char *file, long bytes, const char *options,
+// so many bytes. Returns its status as waitpid() gives it.
+static int stop_once(const char *name, const char *file, long bytes, const char *options,
                      int number) {
     char command[PATH_MAX + 4096], path[256];
-    int status = 0, ended = 0;
+    int status = 0;
     struct stat info;
     snprintf(command, sizeof command, "exec '%s' train %s --out %s >/dev/null 2>&1", program,
              options, name);
@@ -2126,19 +2126,28 @@ static void stop_run(const char *name, const char *file, long bytes, const char 
         execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
-    while (!ended && (stat(path, &info) || info.st_size <= bytes)) {
+    while (stat(path, &info) || info.st_size <= bytes) {
         usleep(200);
-        ended = waitpid(child, &status, WNOHANG) == child;
+        if (waitpid(child, &status, WNOHANG) == child) return status;
     }
+    kill(child, number);
+    if (number == SIGHUP) kill(child, number); // a terminal that is closed may send two
+    waitpid(child, &status, 0);
+    return status;
+}
 
-    // It may have ended by itself, if it was too fast for us: then the next check fails.
-    if (!ended) {
-        kill(child, number);
-        if (number == SIGHUP) kill(child, number); // a terminal that is closed may send two
-        waitpid(child, &status, 0);
-    }
+// The same, and checks that it was stopped. On a busy machine it may come to its end before we
+// look: then it begins again.
+static void stop_run(const char *name, const char *file, long bytes, const char *options,
+                     int number) {
+    char path[256];
+    int status, step, tries = 0;
     snprintf(path, sizeof path, "%s/state.bin", name);
-    int step = header_number(path, AT_STEP);
+    do {
+        shell("rm -rf %s", name);
+        status = stop_once(name, file, bytes, options, number);
+        step = header_number(path, AT_STEP);
+    } while (step >= LONG_STEPS && ++tries < 10);
     check("stopped before its end", step < 1 || step >= LONG_STEPS, 0, "%s at step %d", name, step);
     if (number != SIGKILL)
         check("a signal that saves, exit status",

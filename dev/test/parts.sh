@@ -23,7 +23,8 @@ start() {
     running=$((running + 1))
 }
 
-# finish: waits for all parts, prints the sums and ends the script. Exit status 1 if a check failed.
+# finish: waits for all parts, prints what failed, "PART:FAIL  CHECK", and the sums, and ends the
+# script. Exit status 1 if a check failed.
 finish() {
     wait
     show_ended
@@ -32,6 +33,7 @@ finish() {
         failed=$((failed + running))
     fi
     echo
+    grep -ar '^FAIL' "$logs" | sed "s|^$logs/||"
     echo "$passed passed, $failed failed"
     [ "$failed" -eq 0 ]
     exit
@@ -51,7 +53,7 @@ show_ended() {
         cat "$logs/$name"
         last=$(tail -n 1 "$logs/$name" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
         if [ -z "$last" ] || { [ "$status" -ne 0 ] && [ "${last##*, }" = "0 failed" ]; }; then
-            echo "FAIL  $name ended with status $status"
+            echo "FAIL  $name ended with status $status" | tee -a "$logs/$name"
             failed=$((failed + 1))
         fi
         [ -n "$last" ] || continue
