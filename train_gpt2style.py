@@ -515,15 +515,18 @@ def write_floats(path, tensors, **fields):
 
 def write_file(path, data):
     """Writes a file whole or not at all: it gets its name when it is complete."""
+    new = path + ".tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
+        if os.path.lexists(new):  # of a run that was killed; a link is not followed
+            os.unlink(new)
+        with open(new, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(new, path)
     except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.unlink(path + ".tmp")
+        if os.path.isfile(new):
+            os.unlink(new)
         raise ValueError(f"cannot write {path}: {error.strerror}; what was there stays") from None
 
 def read_floats(path, magic, version):

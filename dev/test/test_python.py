@@ -797,6 +797,23 @@ def refused(said, *command):
     return 1
 
 
+def check_temporary(path, other, command):
+    """PyTorch writes FILE.tmp first. A link of this name is not followed, a folder is an error."""
+    good, before = file_bytes(path), file_bytes(other)
+    os.remove(path)
+    os.symlink(other, path + ".tmp")
+    run_reference(*command)
+    check("PyTorch: a link named model.bin.tmp is not followed",
+          file_bytes(path) != good or os.path.islink(path) or file_bytes(other) != before)
+
+    os.remove(path)
+    os.mkdir(path + ".tmp")
+    check("PyTorch refuses: a folder named model.bin.tmp",
+          refused("what was there stays", *command))
+    os.rmdir(path + ".tmp")
+    run_reference(*command)
+
+
 def check_nothing_is_lost(data, model):
     """What training finds on disk stays, or is written again."""
     folder, = new_folder("c")
@@ -810,6 +827,10 @@ def check_nothing_is_lost(data, model):
         run_loopmdm(*train, "3", "--resume")
         check(f"a {what} model.bin is written again from state.bin", file_bytes(model_path) != good)
 
+    input_path = os.path.join(OUT, "inputs", "log.csv")
+    os.makedirs(os.path.dirname(input_path))
+    shutil.copy(model[1], input_path)
+    check_temporary(model_path, os.path.abspath(input_path), [*train, "3", "--resume"])
     check("PyTorch: a model whose loss is not finite is not saved",
           refused("is not finite, so this is not saved", *train, "4", "--lr", "1e30", "--resume")
           or (file_bytes(model_path), file_bytes(state_path)) != (good, state))
@@ -823,9 +844,6 @@ def check_nothing_is_lost(data, model):
             ("no tokenizer", "is not a tokenizer.bin",
              ["train", *model[:2], "--tokenizer", model[1], "--out", "no"])):
         check(f"PyTorch refuses: {what}", refused(said, *words))
-    input_path = os.path.join(OUT, "inputs", "log.csv")
-    os.makedirs(os.path.dirname(input_path))
-    shutil.copy(model[1], input_path)
     check("PyTorch refuses: data that it would overwrite",
           refused("would overwrite", "train", "--data", input_path, *model[2:], "--out",
                   os.path.dirname(input_path)) or file_bytes(input_path) != file_bytes(model[1]))
